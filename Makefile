@@ -1,0 +1,40 @@
+# The project's commands; .ci/run calls the same ones. `make help` lists them.
+PYTHON ?= python3
+TORCH  ?= torch==2.13.0
+VENV   ?= .venv
+BIN    := $(VENV)/bin
+OUT    ?= runs/demo
+STAMP  := $(VENV)/.helo-fast-installed
+NATIVE := $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.cu csrc/*/*.h)
+
+.DEFAULT_GOAL := help
+.PHONY: help install lint test demo bench clean
+
+help:  ## list the targets
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+
+install: $(STAMP)  ## create .venv and install the package with all extras (a torch already there is used)
+
+$(STAMP): pyproject.toml setup.py $(NATIVE)
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -c "import torch" 2>/dev/null || $(BIN)/python -m pip install --quiet "$(TORCH)" numpy
+	$(BIN)/python -m pip install --quiet -e ".[train,triton,dev]"
+	@touch $@
+
+lint: $(STAMP)  ## ruff: style and formatting
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+test: $(STAMP)  ## the whole test suite, doctests included
+	$(BIN)/pytest tests $(PYTEST)
+	$(BIN)/pytest --doctest-modules helo_fast/ops helo_fast/model helo_fast/_registry.py helo_fast/_checks.py -q
+
+demo: $(STAMP)  ## train on embedded synthetic data, under five minutes on two cores
+	$(BIN)/helo-fast train --data synthetic --out $(OUT) --overwrite
+
+bench: $(STAMP)  ## the benchmarks, and their ratios beside the targets
+	$(BIN)/pytest benchmarks --benchmark-only --benchmark-json=.benchmarks/latest.json -q
+	$(BIN)/python benchmarks/ratios.py .benchmarks/latest.json
+
+clean:  ## remove what the build made
+	rm -rf build dist *.egg-info helo_fast/*.so

@@ -1,0 +1,34 @@
+// The CPU extension: schemas of the kernels, and the module that Python imports to register them.
+//
+// These ops are internal: helo_fast/ops/<op>/backends.py calls them with contiguous tensors of checked shapes.
+
+#define Py_LIMITED_API 0x030A0000
+#include <Python.h>
+
+#include <torch/csrc/stable/library.h>
+
+#include <string>
+
+namespace {
+
+// The instruction set of the kernels that run on this processor.
+std::string cpu_capability() { return "the compiler's baseline"; }
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY(helo_fast_cpu, m) {
+  m.def(
+      "sinkhorn_fwd(Tensor cost, Tensor a, Tensor b, float epsilon, int max_iter, float? tol, int check_every, "
+      "float? tau_a, float? tau_b, bool keep_history) "
+      "-> (Tensor plan, Tensor f, Tensor g, Tensor transport_cost, Tensor marginal_error, Tensor n_iter, Tensor history)");
+  m.def("cpu_capability() -> str");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(helo_fast_cpu, CompositeExplicitAutograd, m) {
+  m.impl("cpu_capability", TORCH_BOX(&cpu_capability));
+}
+
+PyMODINIT_FUNC PyInit__C() {
+  static PyModuleDef module = {PyModuleDef_HEAD_INIT, "_C", nullptr, -1, nullptr, nullptr, nullptr, nullptr, nullptr};
+  return PyModule_Create(&module);
+}

@@ -1,0 +1,44 @@
+"""Who runs sinkhorn. Each adapter turns the op's arguments into one kernel call."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ... import _registry
+from ..._registry import CPP, CUDA, EAGER, TRITON, Adapter
+from . import reference
+
+
+def _cpp_fwd(cost: Tensor, a: Tensor, b: Tensor, *options: object) -> tuple[Tensor, ...]:
+    return torch.ops.helo_fast_cpu.sinkhorn_fwd(cost.contiguous(), a.contiguous(), b.contiguous(), *options)
+
+
+def _cuda_fwd(cost: Tensor, a: Tensor, b: Tensor, *options: object) -> tuple[Tensor, ...]:
+    return torch.ops.helo_fast_cuda.sinkhorn_fwd(cost.contiguous(), a.contiguous(), b.contiguous(), *options)
+
+
+def _triton_fwd(cost: Tensor, a: Tensor, b: Tensor, *options: object) -> tuple[Tensor, ...]:
+    from ...kernels import sinkhorn as kernels  # imported here: triton is optional and slow to import
+
+    return kernels.sinkhorn_fwd(cost, a, b, *options)
+
+
+def _only(device: str):
+    return lambda tensor: None if tensor.device.type == device else f"it runs on {device} tensors, got {tensor.device.type}"
+
+
+# The backwards are batched dense linear algebra and replays, which PyTorch runs on every device.
+_BACKWARDS = {"implicit_bwd": reference.implicit_bwd, "unrolled_bwd": reference.unrolled_bwd}
+
+_registry.register(
+    "sinkhorn",
+    (
+        Adapter(EAGER, {"fwd": reference.fwd, **_BACKWARDS}),
+        Adapter(CPP, {"fwd": _cpp_fwd, **_BACKWARDS}, _only("cpu")),
+        Adapter(TRITON, {"fwd": _triton_fwd, **_BACKWARDS}),
+        Adapter(CUDA, {"fwd": _cuda_fwd, **_BACKWARDS}, _only("cuda")),
+    ),
+    # A GPU back end joins "cuda" with a results file from the hardware in benchmarks/results.
+    auto={"cpu": ("cpp", "eager"), "cuda": ("eager",)},
+)

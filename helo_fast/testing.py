@@ -1,0 +1,104 @@
+"""What tests and benchmarks share: the accuracy bound, memory layouts, and the named cases of each operator."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+ABSOLUTE_SLACK = 1e-6  # the bound is twice the error of eager PyTorch in the same dtype, plus this
+_ROUNDING = {torch.float32: 0.0, torch.float64: 0.0, torch.bfloat16: 2**-8, torch.float16: 2**-11}
+
+
+def shared_folder() -> Path:
+    """Where the released model's numbers and the recordings lie: HELO_FAST_SHARED, by default ``../shared`` beside the checkout."""
+    return Path(os.environ.get("HELO_FAST_SHARED") or Path(__file__).resolve().parents[2] / "shared")
+
+
+def assert_close(actual: Tensor, exact: Tensor, eager: Tensor, what: str = "") -> None:
+    """``actual`` is at most twice as far from ``exact`` (float64) as ``eager`` in the same dtype, plus 1e-6 and half-precision rounding.
+
+    Entries that are infinite in ``exact`` must be so in ``actual``; NaN never passes.
+    """
+    assert actual.dtype == eager.dtype and actual.shape == exact.shape, (what, actual.dtype, eager.dtype, actual.shape, exact.shape)
+    finite = exact.isfinite()
+    assert torch.equal(actual[~finite].double(), exact[~finite].double()), f"{what}: infinities differ"
+    actual_error = (actual.double() - exact.double())[finite].abs()
+    eager_error = (eager.double() - exact.double())[finite].abs()
+    scale = exact.double()[finite].abs().max() if finite.any() else exact.new_zeros(())
+    bound = 2 * (eager_error.max() if eager_error.numel() else 0) + ABSOLUTE_SLACK + _ROUNDING[actual.dtype] * scale
+    worst = actual_error.max() if actual_error.numel() else actual_error.new_zeros(())
+    assert bool(worst <= bound), f"{what}: error {worst:.3g} against the float64 reference, at most {bound:.3g} allowed"
+
+
+def layouts(tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
+    """The same values as contiguous, strided (every second entry of a NaN-filled buffer), transposed and offset tensors."""
+    yield "contiguous", tensor.contiguous()
+    poisoned = tensor.new_full((*tensor.shape[:-1], 2 * tensor.shape[-1]), float("nan"))
+    poisoned[..., ::2] = tensor
+    yield "strided", poisoned[..., ::2]
+    if tensor.dim() > 1:
+        yield "transposed", tensor.mT.contiguous().mT
+    flat = tensor.new_full((tensor.numel() + 3,), float("nan"))
+    flat[3:] = tensor.reshape(-1)
+    yield "offset", flat[3:].view(tensor.shape)
+
+
+def _problem(
+    batch: int, n: int, m: int, scale: float = 2.0, marginals: bool = False, **options: object
+) -> Callable[[torch.dtype, str], dict]:
+    def build(dtype: torch.dtype = torch.float32, device: str = "cpu") -> dict:
+        generator = torch.Generator().manual_seed(1000 * n + m)
+        arguments: dict = {"cost": scale * torch.rand(batch, n, m, generator=generator, dtype=torch.float64), **options}
+        if marginals:
+            for name, size in (("a", n), ("b", m)):
+                total = 256 if size <= 64 else 1024  # masses k / total of sum 1 are exact in every dtype
+                draws = torch.randint(size, (batch, total - size), generator=generator)
+                counts = 1 + torch.zeros(batch, size, dtype=torch.int64).scatter_add_(1, draws, torch.ones_like(draws))
+                arguments[name] = counts.double() / total
+        return {k: v.to(device, dtype) if isinstance(v, Tensor) else v for k, v in arguments.items()}
+
+    return build
+
+
+def _zero_mass(dtype: torch.dtype = torch.float32, device: str = "cpu") -> dict:
+    arguments = _problem(3, 7, 5, marginals=True)(torch.float64, "cpu")
+    for name, problem, empty, heir in (("a", 0, 2, 3), ("a", 1, 0, 1), ("b", 1, 4, 0)):
+        arguments[name][problem, heir] += arguments[name][problem, empty]
+        arguments[name][problem, empty] = 0
+    arguments["cost"][0, 2] = float("nan")  # never read
+    return {k: v.to(device, dtype) for k, v in arguments.items()}
+
+
+def _ragged(dtype: torch.dtype = torch.float32, device: str = "cpu") -> dict:
+    arguments = _problem(4, 9, 12)(torch.float64, "cpu")
+    n_rows, n_cols = torch.tensor([9, 1, 4, 6]), torch.tensor([12, 5, 1, 7])
+    for i in range(4):
+        arguments["cost"][i, n_rows[i] :] = float("nan")
+        arguments["cost"][i, :, n_cols[i] :] = float("nan")
+    return {"cost": arguments["cost"].to(device, dtype), "n_rows": n_rows.to(device), "n_cols": n_cols.to(device)}
+
+
+# name -> build(dtype, device) -> keyword arguments of sinkhorn
+SINKHORN_CASES: dict[str, Callable[..., dict]] = {
+    "square": _problem(5, 36, 36),
+    "rectangular": _problem(3, 8, 21, marginals=True),
+    "tall": _problem(2, 130, 3, marginals=True),
+    "single_row": _problem(4, 1, 6),
+    "single_column": _problem(4, 6, 1),
+    "one_by_one": _problem(3, 1, 1),
+    "empty_batch": _problem(0, 4, 5),
+    "tiny_epsilon": _problem(3, 12, 10, epsilon=2e-4, max_iter=300),
+    "large_epsilon": _problem(3, 12, 10, epsilon=20.0),
+    "large_cost": _problem(3, 9, 9, scale=1e6, epsilon=1e3),
+    "one_iteration": _problem(3, 9, 7, max_iter=1, marginals=True),
+    "until_tolerance": _problem(6, 20, 16, tol=1e-3, max_iter=200, epsilon=0.05),
+    "unbalanced": _problem(3, 11, 8, tau_a=0.5, tau_b=2.0, marginals=True),
+    "half_unbalanced": _problem(3, 8, 11, tau_b=0.3, marginals=True),
+    "unbalanced_tiny_epsilon": _problem(2, 8, 8, tau_a=0.5, tau_b=0.5, epsilon=1e-3),
+    "zero_mass": _zero_mass,
+    "ragged": _ragged,
+}

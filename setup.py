@@ -1,0 +1,80 @@
+"""Build the two native libraries: _C (CPU, C++) and, where nvcc is found, _C_cuda. Metadata lives in pyproject.toml.
+
+Both use the LibTorch stable ABI and the limited Python API: one build serves every later torch and Python.
+Environment: HELO_FAST_CUDA=0|1 (never | must), CUDA_HOME, TORCH_CUDA_ARCH_LIST, MAX_JOBS.
+"""
+
+import os
+import shutil
+import sys
+import sysconfig
+from glob import glob
+
+from setuptools import Extension, find_packages, setup
+
+TORCH_TARGET = (2, 10)  # the stable ABI compiled against; the lower bound on torch in pyproject.toml says the same
+ARCHITECTURES = os.environ.get("TORCH_CUDA_ARCH_LIST") or "8.0;9.0;10.0+PTX"
+
+# An isolated build hides the environment that the package will be installed in: look for its torch there.
+sys.path += [path for path in (sysconfig.get_path("purelib"), sysconfig.get_path("platlib")) if path not in sys.path]
+try:
+    from torch.utils.cpp_extension import BuildExtension, include_paths, library_paths
+except ImportError:  # setup_requires fetches a torch, and this file runs again
+    setup(packages=[], setup_requires=[f"torch>={TORCH_TARGET[0]}.{TORCH_TARGET[1]}"])
+    sys.exit()
+
+
+def find_nvcc():
+    wish, home = os.environ.get("HELO_FAST_CUDA"), os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
+    nvcc = shutil.which("nvcc", path=os.path.join(home, "bin") if home else None)
+    if wish == "1" and nvcc is None:
+        sys.exit("HELO_FAST_CUDA=1, but nvcc was not found: put it on PATH or set CUDA_HOME")
+    return None if wish == "0" else nvcc
+
+
+class Build(BuildExtension):
+    def build_extension(self, extension):
+        """A library that cannot be built is left out, unless HELO_FAST_CUDA=1 forces it: the package says so in info()."""
+        try:
+            self.link_with_nvcc(extension) if extension.name.endswith("_C_cuda") else super().build_extension(extension)
+        except Exception as error:
+            if extension.name.endswith("_C_cuda") and os.environ.get("HELO_FAST_CUDA") == "1":
+                raise
+            self.warn(f"{extension.name} was not built ({error}); the package works without it, see helo_fast.info()")
+            extension.optional = True  # so that its absence is accepted later on
+
+    def link_with_nvcc(self, extension):
+        """torch's CUDAExtension refuses where torch itself has no CUDA; the stable ABI needs none."""
+        output = self.get_ext_fullpath(extension.name)
+        self.mkpath(os.path.dirname(output))
+        flags = ["-shared", "-O3", "-std=c++17", "-Xcompiler", "-fPIC,-fvisibility=hidden", "-Xlinker", "--no-as-needed"]
+        for name in ARCHITECTURES.replace(" ", ";").split(";"):
+            number = name.removesuffix("+PTX").replace(".", "")
+            flags += ["-gencode", f"arch=compute_{number},code=[sm_{number}{f',compute_{number}' if name.endswith('+PTX') else ''}]"]
+        paths = [f"-I{p}" for p in (*extension.include_dirs, sysconfig.get_path("include"))] + [f"-L{p}" for p in extension.library_dirs]
+        libraries = [f"-l{library}" for library in extension.libraries]
+        flags += [extension.extra_compile_args[-1], "--threads", os.environ.get("MAX_JOBS", "0")]
+        self.spawn([find_nvcc(), *extension.sources, *extension.depends, "-o", output, *flags, *paths, *libraries])
+
+
+def library(name, sources, **options):
+    return Extension(
+        f"helo_fast.{name}",
+        sources,
+        include_dirs=["csrc", *include_paths()],
+        library_dirs=library_paths(),
+        libraries=["torch_cpu", "torch"],
+        extra_compile_args=["-O3", "-std=c++17", f"-DTORCH_TARGET_VERSION={(TORCH_TARGET[0] << 56) | (TORCH_TARGET[1] << 48)}ULL"],
+        py_limited_api=True,
+        **options,
+    )
+
+
+# The .cu files stand in depends: BuildExtension, seeing them among the sources, would ask torch for its own CUDA.
+cuda = [library("_C_cuda", ["csrc/ops_cuda.cpp"], depends=sorted(glob("csrc/cuda/*.cu")))] if find_nvcc() else []
+setup(
+    packages=[*find_packages(include=["helo_fast", "helo_fast.*"]), "helo_fast.kernels"],
+    ext_modules=[library("_C", ["csrc/ops.cpp", *sorted(glob("csrc/cpu/*.cpp"))]), *cuda],
+    cmdclass={"build_ext": Build},
+    options={"bdist_wheel": {"py_limited_api": "cp310"}},
+)
