@@ -1,25 +1,20 @@
-"""The command ``helo-fast``, also as ``python -m helo_fast``; ``info`` works without the ``train`` extra."""
-
-from __future__ import annotations
+"""The command ``helo-fast``, also as ``python -m helo_fast``. Only ``info`` works without the ``train`` extra."""
 
 import sys
-from collections.abc import Sequence
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Runs ``helo-fast`` and returns its exit code: 1, and a line that names the mend, where the train extra is missing."""
-    argv = list(sys.argv[1:] if argv is None else argv)
-    if argv == ["info"]:
-        from helo_fast import info
-
-        info()
-        return 0
+def main() -> int:
     try:
-        from helo_fast.train import cli
+        from .train.cli import main as command
     except ImportError as error:
+        if sys.argv[1:2] == ["info"]:
+            from ._registry import info
+
+            info()
+            return 0
         print(f"helo-fast: error: {error}", file=sys.stderr)
         return 1
-    return cli.main(argv)
+    return command()
 
 
 if __name__ == "__main__":

@@ -77,7 +77,7 @@ def shape(op: str, name: str, value: torch.Tensor, accepted: tuple[tuple[int, ..
 def positive(op: str, name: str, value: float, hint: str = "") -> float:
     if isinstance(value, torch.Tensor):
         raise TypeError(f"{op}: {name} must be a Python number, got a tensor; use {name}.item()")
-    if not (isinstance(value, (int, float)) and math.isfinite(value) and value > 0):
+    if not (isinstance(value, (int, float)) and 0 < value < math.inf):  # plain comparisons, so that torch.compile traces them
         raise ValueError(f"{op}: {name} must be a finite number above 0, got {value!r}{'; ' + hint if hint else ''}")
     return float(value)
 

@@ -105,7 +105,7 @@ class Problem {
       for (size_t j = 0; j < cols_.size(); ++j) {
         const scalar mass = u_[i] * K_[i * cols_.size() + j] * v_[j];
         out[cols_[j]] = mass;
-        row_cost += double(mass) * cost_[i * cols_.size() + j];
+        if (mass > 0) row_cost += double(mass) * cost_[i * cols_.size() + j];
       }
       transport_cost += row_cost;
     }

@@ -43,6 +43,7 @@ struct LogSum {
   scalar top = -INFINITY, total = 0;
 
   __device__ void add(scalar term) {
+    if (term == -INFINITY) return;  // an infinite cost
     if (term <= top) {
       total += exp(term - top);
     } else {
@@ -86,7 +87,7 @@ __device__ scalar plan_entry(scalar mass_a, scalar mass_b, scalar phi, scalar ga
 }
 
 template <typename scalar>
-__global__ void __launch_bounds__(kThreads) sinkhorn_fwd_kernel(const Arguments<scalar> x) {
+__global__ void __launch_bounds__(kThreads, 4) sinkhorn_fwd_kernel(const Arguments<scalar> x) {
   const int64_t problem = blockIdx.x;
   const int64_t n = x.n, m = x.m;
   const scalar* cost = x.cost + problem * n * m;

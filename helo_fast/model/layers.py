@@ -1,0 +1,167 @@
+"""The parts of HeLo: attention with DropKey, the transformer layer, label correlations, transport between token sets."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .. import _registry
+from ..ops.attention import reference as attention_reference
+from ..ops.attention.api import lcd_attention
+from ..ops.gromov.api import gromov_from_tokens
+from ..ops.sinkhorn.api import sinkhorn
+from .config import HeLoConfig
+
+NORM_FLOOR = 1e-12
+
+
+def draws_with_torch(rng: str, tensor: Tensor) -> bool:
+    """Whether masks come from torch's generator, in the released code's order (else from the operators' Philox).
+
+    Raises:
+        RuntimeError: rng is "torch", and what runs is not the eager back end, uncompiled.
+    """
+    if rng == "philox":
+        return False
+    # A compiled graph draws in an order of its own, and cannot see which back end is in force.
+    name = "torch.compile" if torch.compiler.is_compiling() else _registry.resolve("lcd_attention", tensor).backend.name
+    if rng == "torch" and name != "eager":
+        raise RuntimeError(
+            f"HeLo: rng='torch' draws masks in the released code's order, which only the eager back end can, and {name!r} is in force; "
+            "run under helo_fast.backend('eager') or set HeLoConfig.rng to 'auto' or 'philox'"
+        )
+    return name == "eager"
+
+
+def rates(config: HeLoConfig, training: bool) -> tuple[float, float]:
+    """The rates of (DropKey, dropout) in force."""
+    return config.dropkey if training or config.dropkey_in_evaluation else 0.0, config.dropout if training else 0.0
+
+
+class MultiHeadAttention(nn.Module):
+    """LayerNorm(x + softmax(dropkey((q k' + bias) scale)) v), with q from x, k and v from y; no biases, no output projection."""
+
+    def __init__(self, config: HeLoConfig, heads: int):
+        super().__init__()
+        width = config.feature_dim
+        self.linear_k = nn.Linear(width, width, bias=False)
+        self.linear_v = nn.Linear(width, width, bias=False)
+        self.linear_q = nn.Linear(width, width, bias=False)
+        self.layer_norm = nn.LayerNorm(width)
+        self.config = config
+        self.heads = heads
+
+    def forward(
+        self,
+        x: Tensor,  # [B, n, D], or [n, D] shared by the batch
+        *sources: Tensor,  # each y [B, m, D]; x attends to one after the other, and the query is projected once
+        bias: Tensor | None = None,  # [n, m] or [B, n, m], added before the scale
+    ) -> Tensor:  # [B, len(sources) n, D]
+        q = self._split(self.linear_q(x))  # [B, H, n, d] or [H, n, d]
+        results = [x + self._attend(q, y, bias).transpose(1, 2).flatten(2) for y in sources]  # [B, n, D] each
+        return self.layer_norm(results[0] if len(results) == 1 else torch.cat(results, 1))
+
+    def _attend(self, q: Tensor, y: Tensor, bias: Tensor | None) -> Tensor:
+        k = self._split(self.linear_k(y))  # [B, H, m, d]
+        v = self._split(self.linear_v(y))  # [B, H, m, d]
+        bias = None if bias is None else bias.to(q.dtype)
+        dropkey, dropout = rates(self.config, self.training)
+        if (dropkey or dropout) and draws_with_torch(self.config.rng, q):
+            drop, keep = _torch_masks((k.shape[0], self.heads, q.shape[-2], k.shape[-2]), dropkey, dropout, q.device)
+            released = self.config.dropped_row_gradient
+            return attention_reference.lcd_attention(q, k, v, bias, drop=drop, keep=keep, released_gradient=released)
+        return lcd_attention(q, k, v, bias, dropkey_p=dropkey, dropout_p=dropout)
+
+    def _split(self, x: Tensor) -> Tensor:
+        """[.., n, D] as [.., H, n, d]."""
+        return x.unflatten(-1, (self.heads, -1)).transpose(-3, -2)
+
+
+def _torch_masks(
+    shape: tuple[int, int, int, int], dropkey: float, dropout: float, device: torch.device
+) -> tuple[Tensor | None, Tensor | None]:
+    """DropKey's and dropout's masks [B, H, n, m], drawn as the released code draws them: bernoulli of a full tensor, then F.dropout."""
+    batch, heads, n, m = shape
+    drop = torch.bernoulli(torch.full((batch * heads, n, m), dropkey, device=device)).bool().view(shape) if dropkey else None
+    keep = F.dropout(torch.ones(batch * heads, n, m, device=device), dropout).view(shape) if dropout else None
+    return drop, keep
+
+
+def _dropout(x: Tensor, p: float, rng: str) -> Tensor:
+    """Dropout; on the CPU, away from the released order, with p to the nearest multiple of 2^-16, 16 random bits per entry."""
+    if p == 0:
+        return x
+    if x.device.type != "cpu" or draws_with_torch(rng, x):
+        return F.dropout(x, p)
+    # F.dropout draws and compares entry by entry there: it takes as long as the layer's matrix products.
+    dropped = min(round(p * 2**16), 2**16 - 1)
+    bits = torch.randint(-(2**63), 2**63 - 1, (-(-x.numel() // 4),)).view(torch.int16)[: x.numel()].view(x.shape)
+    return x * ((bits >= dropped - 2**15).to(x.dtype) * (2**16 / (2**16 - dropped)))
+
+
+class FeedForward(nn.Module):
+    """LayerNorm(x + dropout(w2(GELU(w1 x))))."""
+
+    def __init__(self, config: HeLoConfig):
+        super().__init__()
+        self.w1 = nn.Linear(config.feature_dim, config.hidden_size)
+        self.w2 = nn.Linear(config.hidden_size, config.feature_dim)
+        self.layer_norm = nn.LayerNorm(config.feature_dim)
+        self.config = config
+
+    def forward(self, x: Tensor) -> Tensor:
+        _, dropout = rates(self.config, self.training)
+        return self.layer_norm(x + _dropout(self.w2(F.gelu(self.w1(x))), dropout, self.config.rng))
+
+
+class TransformerLayer(nn.Module):
+    """Self-attention, then feed-forward."""
+
+    def __init__(self, config: HeLoConfig):
+        super().__init__()
+        self.attention = MultiHeadAttention(config, config.heads)
+        self.feed_forward = FeedForward(config)
+
+    def forward(self, x: Tensor) -> Tensor:  # [B, n, D] -> [B, n, D]
+        return self.feed_forward(self.attention(x, x))
+
+
+def gram(x: Tensor, dim: int) -> Tensor:
+    """x x' with x scaled to unit norm along dim: over its rows' entries (-1, cosine similarity of the rows) or over the rows (-2)."""
+    with torch.autocast(x.device.type, enabled=False):
+        x = F.normalize(x, dim=dim, eps=NORM_FLOOR)
+        return x @ x.mT
+
+
+def transport_plan(config: HeLoConfig, x: Tensor, y: Tensor) -> Tensor:
+    """The plan [B, n, m] between tokens x [B, n, D] and y [B, m, D], uniform marginals."""
+    if config.plan_gradient == "none":
+        x, y = x.detach(), y.detach()
+    if config.transport == "sinkhorn":
+        return sinkhorn(_cosine_cost(x, y), epsilon=config.epsilon, max_iter=config.sinkhorn_iterations, gradient=config.plan_gradient).plan
+    return gromov_from_tokens(
+        x,
+        y,
+        threshold=config.threshold,
+        threshold_over=config.threshold_over,
+        alpha=config.fused_alpha if config.transport == "fused" else 1.0,
+        epsilon=config.epsilon,
+        outer_iter=config.gromov_outer_iterations,
+        inner_iter=config.gromov_inner_iterations,
+    ).plan
+
+
+def _cosine_cost(x: Tensor, y: Tensor) -> Tensor:
+    """1 - cos(x_i, y_j), [B, n, m], at least in float32."""
+    with torch.autocast(x.device.type, enabled=False):
+        x, y = (F.normalize(t if t.dtype == torch.float64 else t.float(), dim=-1, eps=NORM_FLOOR) for t in (x, y))
+        return 1 - x @ y.mT
+
+
+def transport(plan: Tensor, x: Tensor, transport_map: str) -> Tensor:
+    """x [B, n, D] carried over by the plan [B, n, m]: "barycentric" diag(1 / T'1) T' x [B, m, D]; "plan" T x (n = m)."""
+    if transport_map == "plan":
+        return plan.to(x.dtype) @ x
+    mass = plan.sum(-2, keepdim=True).clamp(min=torch.finfo(plan.dtype).tiny)  # [B, 1, m]
+    return (plan / mass).to(x.dtype).mT @ x
