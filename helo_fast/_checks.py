@@ -104,7 +104,7 @@ def choice(op: str, name: str, value: str, accepted: tuple[str, ...]) -> str:
     return value
 
 
-def marginals(op: str, a: torch.Tensor, b: torch.Tensor, balanced: bool, dtype: torch.dtype) -> None:
+def marginals(op: str, a: torch.Tensor, b: torch.Tensor, balanced: bool, dtype: torch.dtype, or_else: str = "") -> None:
     """Finite, non-negative, and of equal mass (to the precision they were given in) where balanced. Reads values: see reads_values()."""
     for name, mass in (("a", a), ("b", b)):
         if mass.numel() and not bool(((mass >= 0) & (mass < math.inf)).all()):
@@ -119,5 +119,5 @@ def marginals(op: str, a: torch.Tensor, b: torch.Tensor, balanced: bool, dtype: 
             i = int(unequal.nonzero()[0])
             raise ValueError(
                 f"{op}: a and b must have equal mass, problem {i} has {mass_a[i].item():.6g} and {mass_b[i].item():.6g}; "
-                "divide each by its sum, or give tau_a and tau_b for unbalanced transport"
+                f"divide each by its sum{or_else}"
             )

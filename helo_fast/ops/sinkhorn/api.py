@@ -119,7 +119,8 @@ def sinkhorn(
     a = _marginal("a", a, "n_rows", n_rows, cost, batch, n, compute)
     b = _marginal("b", b, "n_cols", n_cols, cost, batch, m, compute)
     if given and _checks.reads_values(a):
-        _checks.marginals(_NAME, a, b, balanced=tau_a is None and tau_b is None, dtype=dtype)
+        or_else = ", or give tau_a and tau_b for unbalanced transport"
+        _checks.marginals(_NAME, a, b, balanced=tau_a is None and tau_b is None, dtype=dtype, or_else=or_else)
     if gradient == "none":
         solved, a, b = solved.detach(), a.detach(), b.detach()
     plan, f, g, transport_cost, marginal_error, n_iter, _ = torch.ops.helo_fast.sinkhorn_fwd(
