@@ -19,6 +19,8 @@ $(STAMP): pyproject.toml setup.py $(NATIVE)
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -c "import torch" 2>/dev/null || $(BIN)/python -m pip install --quiet "$(TORCH)" numpy
 	$(BIN)/python -m pip install --quiet -e ".[train,triton,dev]"
+	@# The metrics are tested against pyldl's, which need none of its dependencies (keras among them).
+	$(BIN)/python -m pip install --quiet --no-deps python-ldl==0.1.2
 	@touch $@
 
 lint: $(STAMP)  ## ruff: style and formatting
