@@ -13,6 +13,7 @@ from glob import glob
 from setuptools import Extension, find_packages, setup
 
 TORCH_TARGET = (2, 10)  # the stable ABI compiled against; the lower bound on torch in pyproject.toml says the same
+STABLE_ABI = f"-DTORCH_TARGET_VERSION={(TORCH_TARGET[0] << 56) | (TORCH_TARGET[1] << 48)}ULL"
 ARCHITECTURES = os.environ.get("TORCH_CUDA_ARCH_LIST") or "8.0;9.0;10.0+PTX"
 
 # An isolated build hides the environment that the package will be installed in: look for its torch there.
@@ -52,9 +53,19 @@ class Build(BuildExtension):
             number = name.removesuffix("+PTX").replace(".", "")
             flags += ["-gencode", f"arch=compute_{number},code=[sm_{number}{f',compute_{number}' if name.endswith('+PTX') else ''}]"]
         paths = [f"-I{p}" for p in (*extension.include_dirs, sysconfig.get_path("include"))] + [f"-L{p}" for p in extension.library_dirs]
-        libraries = [f"-l{library}" for library in extension.libraries]
-        flags += [extension.extra_compile_args[-1], "--threads", os.environ.get("MAX_JOBS", "0")]
-        self.spawn([find_nvcc(), *extension.sources, *extension.depends, "-o", output, *flags, *paths, *libraries])
+        flags += [STABLE_ABI, "--threads", os.environ.get("MAX_JOBS", "0")]
+        self.spawn(
+            [
+                find_nvcc(),
+                *extension.sources,
+                *extension.depends,
+                "-o",
+                output,
+                *flags,
+                *paths,
+                *(f"-l{lib}" for lib in extension.libraries),
+            ]
+        )
 
 
 def library(name, sources, **options):
@@ -64,7 +75,7 @@ def library(name, sources, **options):
         include_dirs=["csrc", *include_paths()],
         library_dirs=library_paths(),
         libraries=["torch_cpu", "torch"],
-        extra_compile_args=["-O3", "-std=c++17", f"-DTORCH_TARGET_VERSION={(TORCH_TARGET[0] << 56) | (TORCH_TARGET[1] << 48)}ULL"],
+        extra_compile_args=["-O3", "-std=c++17", STABLE_ABI],
         py_limited_api=True,
         **options,
     )
