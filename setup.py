@@ -1,6 +1,5 @@
-"""Build the two native libraries: _C (CPU, C++) and, where nvcc is found, _C_cuda. Metadata lives in pyproject.toml.
+"""Build _C (CPU, C++) and, where nvcc is found, _C_cuda, on the LibTorch stable ABI and the limited Python API.
 
-Both use the LibTorch stable ABI and the limited Python API: one build serves every later torch and Python.
 Environment: HELO_FAST_CUDA=0|1 (never | must), CUDA_HOME, TORCH_CUDA_ARCH_LIST, MAX_JOBS.
 """
 
@@ -52,20 +51,10 @@ class Build(BuildExtension):
         for name in ARCHITECTURES.replace(" ", ";").split(";"):
             number = name.removesuffix("+PTX").replace(".", "")
             flags += ["-gencode", f"arch=compute_{number},code=[sm_{number}{f',compute_{number}' if name.endswith('+PTX') else ''}]"]
-        paths = [f"-I{p}" for p in (*extension.include_dirs, sysconfig.get_path("include"))] + [f"-L{p}" for p in extension.library_dirs]
-        flags += [STABLE_ABI, "--threads", os.environ.get("MAX_JOBS", "0")]
-        self.spawn(
-            [
-                find_nvcc(),
-                *extension.sources,
-                *extension.depends,
-                "-o",
-                output,
-                *flags,
-                *paths,
-                *(f"-l{lib}" for lib in extension.libraries),
-            ]
-        )
+        flags += [STABLE_ABI, "--threads", os.environ.get("MAX_JOBS", "0"), *(f"-I{path}" for path in extension.include_dirs)]
+        flags += [f"-I{sysconfig.get_path('include')}", *(f"-L{path}" for path in extension.library_dirs)]
+        flags += [f"-l{name}" for name in extension.libraries]
+        self.spawn([find_nvcc(), *extension.sources, *extension.depends, "-o", output, *flags])
 
 
 def library(name, sources, **options):

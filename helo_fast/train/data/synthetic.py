@@ -128,7 +128,7 @@ class SyntheticData(EmotionDataModule):
         n_subjects: Subjects.
         n_trials: Trials of each subject; a label distribution each.
         n_windows: Windows (rows) of each trial.
-        n_channels: EEG channels.
+        n_channels: EEG channels; 18 where not given.
         dim_eeg: Features of each EEG channel.
         dim_gsr: GSR features.
         dim_ppg: PPG features.
@@ -149,13 +149,15 @@ class SyntheticData(EmotionDataModule):
         (18, 5, 12)
     """
 
+    default_n_channels = 18
+
     def __init__(
         self,
         *,
         n_subjects: int = 12,
         n_trials: int = 20,
         n_windows: int = 5,
-        n_channels: int = 18,
+        n_channels: int | None = None,
         dim_eeg: int = 5,
         dim_gsr: int = 28,
         dim_ppg: int = 27,
@@ -170,7 +172,7 @@ class SyntheticData(EmotionDataModule):
     ) -> None:
         super().__init__(n_channels=n_channels, **kwargs)
         sizes = {"n_subjects": n_subjects, "n_trials": n_trials, "n_windows": n_windows}
-        widths = {"eeg": n_channels * dim_eeg, "gsr": dim_gsr, "ppg": dim_ppg, "video": dim_video}
+        widths = {"eeg": self.n_channels * dim_eeg, "gsr": dim_gsr, "ppg": dim_ppg, "video": dim_video}
         least = {**dict.fromkeys(sizes, 1), **dict.fromkeys(widths, 1), "emotion_classes": 2}
         for name, value in {**sizes, **widths, "emotion_classes": emotion_classes}.items():
             if value < least[name]:
