@@ -35,6 +35,7 @@ demo: $(STAMP)  ## train on embedded synthetic data, under five minutes on two c
 	$(BIN)/helo-fast train --data synthetic --out $(OUT) --overwrite
 
 bench: $(STAMP)  ## the benchmarks, and their ratios beside the targets
+	@mkdir -p .benchmarks
 	$(BIN)/pytest benchmarks --benchmark-only --benchmark-json=.benchmarks/latest.json -q
 	$(BIN)/python benchmarks/ratios.py .benchmarks/latest.json
 

@@ -1,0 +1,63 @@
+"""What a call costs before any kernel runs, and what importing the package costs."""
+
+from __future__ import annotations
+
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+import torch
+
+import helo_fast
+from helo_fast.testing import assert_close
+
+from . import harness
+
+IMPORT = "import time, torch; start = time.perf_counter(); import helo_fast; print(time.perf_counter() - start)"
+PROCESSES = 5
+
+
+class Case(NamedTuple):
+    group: str
+    device: str = "cpu"
+
+
+DISPATCH = [(Case("dispatch sinkhorn B1 n4 1 iteration"), member) for member in (*harness.backends("cpu"), "torch add")]
+IMPORTS = [(Case("import helo_fast after torch"), "helo_fast")]
+
+
+@pytest.mark.parametrize("case, member", DISPATCH, ids=harness.identify)
+def test_dispatch(bench, case, member):
+    cost = torch.rand(1, 4, 4, generator=torch.Generator().manual_seed(0))
+    if member == "torch add":
+
+        def call():
+            return torch.add(cost, cost)
+
+        assert torch.equal(call(), 2 * cost)
+    else:
+        bench.serve("sinkhorn", member)
+
+        def call(cost=cost, backend=member):
+            return helo_fast.sinkhorn(cost, max_iter=1, backend=backend).plan
+
+        assert_close(call(), call(cost.double(), "eager"), call(cost, "eager"), what=member)
+    bench.time(call, iterations=200)
+
+
+@pytest.mark.parametrize("case, member", IMPORTS, ids=harness.identify)
+def test_import(bench, case, member):
+    """What is timed is the whole process, torch included; what counts is the import alone, in extra_info."""
+    seconds = []
+
+    def run():
+        done = subprocess.run([sys.executable, "-c", IMPORT], cwd=Path(__file__).parents[1], capture_output=True, text=True, check=True)
+        seconds.append(float(done.stdout))
+
+    run()  # writes bytecode, warms the file cache
+    assert 0 < seconds.pop() < 60
+    bench.benchmark.pedantic(run, rounds=PROCESSES, iterations=1)
+    bench.note(backend=True, auto=member, import_seconds=seconds, import_median=statistics.median(seconds))
