@@ -9,10 +9,11 @@
 
 #include <string>
 
+#include "cpu/capability.h"
+
 namespace {
 
-// The instruction set of the kernels that run on this processor.
-std::string cpu_capability() { return "the compiler's baseline"; }
+std::string cpu_capability() { return capability_name(capability()); }
 
 }  // namespace
 

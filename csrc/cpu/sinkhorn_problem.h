@@ -1,0 +1,28 @@
+// What the torch side of sinkhorn hands to the kernel of whichever instruction set runs.
+#pragma once
+
+#include <cstdint>
+
+template <typename scalar>
+struct SinkhornArguments {
+  const scalar *cost, *a, *b;                           // [B, n, m], [B, n], [B, m]
+  scalar *plan, *f, *g;                                 // [B, n, m], [B, n], [B, m]
+  scalar *transport_cost, *marginal_error, *history;    // [B], [B], [B, kept, n + m]
+  int32_t* n_iter;                                      // [B]
+  int64_t n, m, kept, max_iter, check_every;
+  double epsilon, tol;      // tol < 0: never stop early
+  double kappa_a, kappa_b;  // tau / (tau + epsilon); 1 for a hard marginal
+  double slope_b;           // epsilon / tau_b; 0 for a hard marginal
+};
+
+// Solve problems [begin, end); scratch is 64-byte aligned.
+struct SinkhornKernels {
+  void (*solve_float)(const SinkhornArguments<float>&, int64_t begin, int64_t end, unsigned char* scratch);
+  void (*solve_double)(const SinkhornArguments<double>&, int64_t begin, int64_t end, unsigned char* scratch);
+  int64_t (*scratch_float)(int64_t n, int64_t m);
+  int64_t (*scratch_double)(int64_t n, int64_t m);
+};
+
+const SinkhornKernels& sinkhorn_baseline();
+const SinkhornKernels& sinkhorn_avx2();
+const SinkhornKernels& sinkhorn_avx512();
