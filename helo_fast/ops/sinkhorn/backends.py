@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import torch
 from torch import Tensor
 
@@ -24,6 +26,16 @@ def _triton_fwd(cost: Tensor, a: Tensor, b: Tensor, *options: object) -> tuple[T
     return kernels.sinkhorn_fwd(cost, a, b, *options)
 
 
+def _triton_refuses(cost: Tensor) -> str | None:
+    if cost.device.type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
+        return "it runs on cuda tensors, got cpu (TRITON_INTERPRET=1 runs its kernels on the CPU, slowly)"
+    if cost.dim() != 3:  # asked about the device alone
+        return None
+    from ...kernels import sinkhorn as kernels
+
+    return kernels.refuses(cost)
+
+
 def _only(device: str):
     return lambda tensor: None if tensor.device.type == device else f"it runs on {device} tensors, got {tensor.device.type}"
 
@@ -36,7 +48,7 @@ _registry.register(
     (
         Adapter(EAGER, {"fwd": reference.fwd, **_BACKWARDS}),
         Adapter(CPP, {"fwd": _cpp_fwd, **_BACKWARDS}, _only("cpu")),
-        Adapter(TRITON, {"fwd": _triton_fwd, **_BACKWARDS}),
+        Adapter(TRITON, {"fwd": _triton_fwd, **_BACKWARDS}, _triton_refuses),
         Adapter(CUDA, {"fwd": _cuda_fwd, **_BACKWARDS}, _only("cuda")),
     ),
     # A GPU back end joins "cuda" with a results file from the hardware in benchmarks/results.

@@ -25,9 +25,9 @@ def _damping(tau: float | None, epsilon: float) -> float:
     return 1.0 if tau is None else tau / (tau + epsilon)
 
 
-def _soft_transform(log_terms: Tensor, dim: int, damping: float, mass: Tensor) -> Tensor:
-    """-damping * logsumexp, and -inf where there is no mass."""
-    return torch.where(mass > 0, -damping * torch.logsumexp(log_terms, dim), -math.inf)
+def _soft_transform(log_terms: Tensor, damping: float, mass: Tensor) -> Tensor:
+    """-damping * logsumexp over the last axis, and -inf where there is no mass."""
+    return torch.where(mass > 0, -damping * torch.logsumexp(log_terms, -1), -math.inf)
 
 
 def fwd(
@@ -45,6 +45,8 @@ def fwd(
     """(plan, f, g, transport_cost, marginal_error, n_iter, history [B, max_iter or 0, n + m] of (phi, gamma))."""
     batch, n, m = cost.shape
     M, la, lb = _log_problem(cost, a, b, epsilon)
+    to_columns = (M + la.unsqueeze(-1)).mT.contiguous()  # [B, m, n]: sums then run along the last axis, which torch does fastest
+    to_rows = M + lb.unsqueeze(-2)  # [B, n, m]
     kappa_a, kappa_b = _damping(tau_a, epsilon), _damping(tau_b, epsilon)
     slope_b = 0.0 if tau_b is None else epsilon / tau_b
     phi = torch.where(a > 0, torch.zeros_like(a), -math.inf)  # [B, n]
@@ -53,8 +55,8 @@ def fwd(
     n_iter = torch.full((batch,), max_iter, dtype=torch.int32, device=cost.device)
     history = cost.new_zeros(batch, max_iter if keep_history else 0, n + m)
     for iteration in range(1, max_iter + 1):
-        new_gamma = _soft_transform((la + phi).unsqueeze(-1) + M, -2, kappa_b, b)
-        new_phi = _soft_transform((lb + new_gamma).unsqueeze(-2) + M, -1, kappa_a, a)
+        new_gamma = _soft_transform(to_columns + phi.unsqueeze(-2), kappa_b, b)
+        new_phi = _soft_transform(to_rows + new_gamma.unsqueeze(-2), kappa_a, a)
         gamma = torch.where(running.unsqueeze(-1), new_gamma, gamma)
         phi = torch.where(running.unsqueeze(-1), new_phi, phi)
         if keep_history:
