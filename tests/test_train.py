@@ -244,7 +244,7 @@ def test_rerun_keeps_finished_folds_and_refuses_another_configuration(finished, 
     assert numbers(out) == before and (fold_folder(out, 1, "S03") / "metrics.json").stat().st_mtime_ns == written
     assert train(out, "--seeds", "0", "1", "--optimizer.lr", "0.5") == 2
     error = capsys.readouterr().err
-    assert "optimizer.lr: null there, 0.5 here" in error and "--overwrite" in error
+    assert "optimizer.lr: default there, 0.5 here" in error and "--overwrite" in error
     (out / "kept.txt").write_text("the user's own")
     assert train(out, "--folds", "S01", "--optimizer.lr", "0.5", "--overwrite") == 0
     assert [p.parent.name for p in out.glob("folds/*/*/metrics.json")] == ["S01"] and (out / "kept.txt").exists()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import logging
 import warnings
 from collections.abc import Callable
@@ -50,13 +49,13 @@ def finished(folder: Path) -> dict[str, Any] | None:
     return read_json(path) if path.exists() else None
 
 
-@functools.cache  # setting filters again would show again what was shown once
 def quiet_lightning() -> None:
     """Silences what Lightning says about every fold anew and what does not apply to data in memory."""
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
     for message in (".*does not have many workers.*", ".*exists and is not empty.*", ".*isinstance.treespec, LeafSpec.*"):
         warnings.filterwarnings("ignore", message)
+    warnings.filterwarnings("once", ".*random leaks.*")  # of the data, at every fold
 
 
 def score(p: np.ndarray, q: np.ndarray) -> dict[str, float]:

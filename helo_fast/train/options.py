@@ -41,7 +41,7 @@ Data sets: {", ".join(DATASETS)}, or an import path my_module.MyData of an Emoti
 
 Shorthands: {", ".join(f"{a} = {b}" for a, b in {**SHORTHANDS, **SHORT_FLAGS}.items())}.
 
-The released recipe: --preset released --split random --epochs 300 --patience 0 --seeds 3407."""
+The released recipe: --preset released --split random --epochs 300 --patience 0 --select last --seeds 3407."""
 
 
 def translate(argv: list[str]) -> list[str]:

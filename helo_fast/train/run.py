@@ -123,7 +123,7 @@ def _settle(out: Path, cli: HeLoCLI, data: EmotionDataModule) -> None:
     if (out / CONFIG).exists():
         old, new = (_flat(yaml.safe_load(text)) for text in ((out / CONFIG).read_text(encoding="utf-8"), config))
         differences = [
-            f"{key}: {old.get(key)} there, {new.get(key)} here"
+            f"{key}: {old.get(key, 'default')} there, {new.get(key, 'default')} here"
             for key in sorted(old.keys() | new.keys())
             if old.get(key) != new.get(key) and key not in PRESENTATION
         ]
@@ -240,7 +240,9 @@ class _Progress:
         self._epochs = max(epochs, 1)
         self._folds, self._done, self._failed = folds, done, 0
         self._seen: dict[Task, int] = {}
-        self._bar = tqdm(total=folds * self._epochs, initial=done * self._epochs, unit="epoch", disable=quiet, dynamic_ncols=True)
+        self._bar = tqdm(
+            total=folds * self._epochs, initial=done * self._epochs, unit="epoch", disable=quiet, mininterval=1, dynamic_ncols=True
+        )
         self._show()
 
     def __enter__(self) -> _Progress:
