@@ -70,6 +70,7 @@ def test_report_tells_the_scores_of_the_run(run, page):
 
 def test_report_tells_configuration_and_notes(run, page):
     assert "data_seed 0: scores say nothing about people" in page
+    assert "Optimizer: lr 0." in page and "Model: n_channels 2" in page
     assert "feature_dim: 16" in page and "max_epochs: 2" in page and f"torch {torch.__version__}" in page
 
 

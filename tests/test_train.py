@@ -233,6 +233,8 @@ def test_run_sums_up_folds_and_seeds(finished):
     table = pd.read_csv(finished / "per_subject.csv").set_index(["subject", "method"])
     np.testing.assert_allclose(table.loc[("S02", "HeLo"), "kl"], kl[:, 1].mean())
     assert table.loc[("S02", "HeLo"), ["windows", "seeds"]].tolist() == [12, 2]
+    checkpoint = torch.load(fold_folder(finished, 0, "S01") / "checkpoints" / "last.ckpt", weights_only=True)
+    assert {"config": metrics["model"], **metrics["optimizer"]} == checkpoint["hyper_parameters"]
     assert metrics["versions"]["torch"] == torch.__version__ and metrics["backends"]["backends"]["eager"] == "available"
 
 

@@ -226,7 +226,7 @@ def _configuration(out: Path, metrics: dict[str, Any]) -> list[str]:
     paragraphs = (
         ", ".join(f"{name} {version}" for name, version in metrics["versions"].items()),
         f"Back end asked for: {backends['requested']}; auto takes {'; '.join(chosen)}. {backends['cpu']}.",
-        "Model: " + ", ".join(f"{name} {value}" for name, value in metrics["model"].items()),
+        *(f"{part.capitalize()}: " + ", ".join(f"{k} {v}" for k, v in metrics[part].items()) for part in ("model", "optimizer")),
     )
     config = (out / "config.yaml").read_text(encoding="utf-8")
     return ["<h2>Configuration</h2>", *(f"<p>{_text(text)}</p>" for text in paragraphs), f"<pre>{_text(config)}</pre>"]

@@ -33,6 +33,7 @@ def summarise(out: Path, cli: HeLoCLI, data: EmotionDataModule, results: list[di
         errors: Folds that failed.
     """
     scores = score_table(results)
+    hparams = dict(cli.make_module(data).hparams)
     with replacing(out / "per_subject.csv") as temporary:
         per_subject(scores).to_csv(temporary, index=False)
     write_json(
@@ -49,7 +50,8 @@ def summarise(out: Path, cli: HeLoCLI, data: EmotionDataModule, results: list[di
             "metrics": {method: aggregate(scores[scores.method == method]) for method in dict.fromkeys(scores.method)},
             "notes": merge_notes(results),
             "errors": [{"fold": fold, "seed": seed, "error": error} for (seed, fold), error in errors.items()],
-            "model": cli.make_module(data).hparams["config"],
+            "model": hparams.pop("config"),
+            "optimizer": hparams,
             "versions": versions(),
             "backends": backends(),
         },
