@@ -1,0 +1,40 @@
+"""Every instruction set that this processor has passes the tests of the cpp back end, each in a process of its own."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from helo_fast import _native
+
+SETS = ("baseline", "avx2", "avx512")
+
+
+def run(*arguments, capability):
+    environment = {**os.environ, "HELO_FAST_CPU_CAPABILITY": capability, "OMP_NUM_THREADS": "2"}
+    return subprocess.run([sys.executable, *arguments], capture_output=True, text=True, env=environment)
+
+
+@pytest.fixture(autouse=True)
+def _compiled(request):
+    reason = _native.missing("_C")
+    if reason:
+        (pytest.fail if "cpp" in request.config.getoption("--require-backend") else pytest.skip)(reason)
+
+
+@pytest.mark.parametrize("capability", SETS)
+def test_each_instruction_set(capability):
+    asked = run("-c", "from helo_fast import _native; print(_native.cpu_capability())", capability=capability)
+    if "this processor has at most" in asked.stderr:
+        pytest.skip(f"this processor lacks {capability}")
+    assert asked.stdout.strip() == capability, asked.stderr
+    tests = str(Path(__file__).with_name("test_sinkhorn.py"))
+    done = run("-m", "pytest", tests, "-q", "-p", "no:cacheprovider", "-k", "cpp", "--require-backend", "cpp", capability=capability)
+    assert done.returncode == 0 and " passed" in done.stdout, done.stdout[-3000:]
+
+
+def test_unknown_instruction_set_is_an_error():
+    done = run("-c", "import torch, helo_fast; helo_fast.sinkhorn(torch.rand(2, 2))", capability="sse9")
+    assert done.returncode != 0 and "HELO_FAST_CPU_CAPABILITY=sse9: choose baseline, avx2 or avx512" in done.stderr
