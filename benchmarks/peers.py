@@ -41,18 +41,19 @@ def compiled_sinkhorn() -> Callable[[Tensor, float, int], Tensor]:
     """
 
     @torch.compile(dynamic=False)
-    def iteration(M: Tensor, la: Tensor, lb: Tensor, a: Tensor, b: Tensor, phi: Tensor) -> tuple[Tensor, Tensor]:
-        gamma = reference._soft_transform((la + phi).unsqueeze(-1) + M, -2, 1.0, b)
-        return reference._soft_transform((lb + gamma).unsqueeze(-2) + M, -1, 1.0, a), gamma
+    def iteration(to_columns: Tensor, to_rows: Tensor, a: Tensor, b: Tensor, phi: Tensor) -> tuple[Tensor, Tensor]:
+        gamma = reference._soft_transform(to_columns + phi.unsqueeze(-2), 1.0, b)
+        return reference._soft_transform(to_rows + gamma.unsqueeze(-2), 1.0, a), gamma
 
     @torch.no_grad()
     def solve(cost: Tensor, epsilon: float, max_iter: int) -> Tensor:
         batch, n, m = cost.shape
         a, b = cost.new_full((batch, n), 1 / n), cost.new_full((batch, m), 1 / m)
         M, la, lb = reference._log_problem(cost, a, b, epsilon)
+        to_columns, to_rows = (M + la.unsqueeze(-1)).mT.contiguous(), M + lb.unsqueeze(-2)
         phi = torch.zeros_like(a)
         for _ in range(max_iter):
-            phi, gamma = iteration(M, la, lb, a, b, phi)
+            phi, gamma = iteration(to_columns, to_rows, a, b, phi)
         return reference._plan(M, la, lb, phi, gamma)
 
     return solve
