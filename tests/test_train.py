@@ -150,6 +150,14 @@ def test_fold_metrics_are_those_of_its_predictions(finished, data):
     assert metrics["best_possible"]["kl"] < metrics["baselines"]["training mean"]["kl"]
 
 
+def test_best_possible_of_a_model_that_sees_its_batch(tmp_path):
+    assert train(tmp_path, "--preset", "released", "--epochs", "1", "--folds", "S02", "--baselines", "false") == 0
+    data = SyntheticData(**SIZES, fold="S02")
+    data.setup()
+    found = read(fold_folder(tmp_path, 0, "S02") / "metrics.json")["best_possible"]["kl"]
+    np.testing.assert_allclose(found, data.best_scores(data.current.test, "subject")["kl"])
+
+
 def test_training_mean_is_over_all_subjects_but_the_test_one(finished, data):
     split = data.split("S01")
     rows = np.concatenate([split.train, split.validation])
