@@ -29,7 +29,7 @@ lint: $(STAMP)  ## ruff: style and formatting
 
 test: $(STAMP)  ## the whole test suite, doctests included
 	$(BIN)/pytest tests $(PYTEST)
-	$(BIN)/pytest --doctest-modules helo_fast/ops helo_fast/model helo_fast/_registry.py helo_fast/_checks.py -q
+	$(BIN)/pytest --doctest-modules helo_fast -q
 
 demo: $(STAMP)  ## train on embedded synthetic data, under five minutes on two cores
 	$(BIN)/helo-fast train --data synthetic --optimizer.lr 1e-3 --epochs 25 --folds S01 S02 S03 S04 --out $(OUT) --overwrite
