@@ -7,3 +7,13 @@ enum class Capability { baseline, avx2, avx512 };
 Capability capability();
 
 const char* capability_name(Capability);
+
+// The kernels to run, out of those of the three namespaces that each_set.h makes.
+template <typename Kernels>
+const Kernels& pick(const Kernels& baseline, const Kernels& avx2, const Kernels& avx512) {
+  switch (capability()) {
+    case Capability::avx512: return avx512;
+    case Capability::avx2: return avx2;
+    default: return baseline;
+  }
+}

@@ -1,12 +1,7 @@
 // Vectors for one instruction set, by the compilers' vector extensions (GCC and clang, any processor): no intrinsics.
 //
-// A kernel is compiled once per instruction set: its .h is included by <op>_<set>.cpp, which defines HELO_FAST_SET (a namespace)
-// and HELO_FAST_VECTOR_BYTES and switches the target on *after* every other header, so that no shared inline function of the
-// standard library is ever compiled for a processor that may not be there.
-#pragma once
-
-#include <cstdint>
-#include <cstring>
+// Included once per instruction set by each_set.h, which defines HELO_FAST_SET (a namespace) and HELO_FAST_VECTOR_BYTES: so it has
+// no include guard, and neither have the kernels on it.
 
 namespace {
 namespace HELO_FAST_SET {

@@ -6,61 +6,33 @@
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 
-#include <algorithm>
-#include <atomic>
+#include <cmath>
 #include <cstdint>
-#include <memory>
-#include <new>
+#include <cstring>
+#include <initializer_list>
 #include <optional>
 #include <tuple>
-#include <type_traits>
 
 #include "capability.h"
+#include "problems.h"
 #include "sinkhorn_problem.h"
+
+#define HELO_FAST_KERNEL "sinkhorn_solver.h"
+#include "each_set.h"
 
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
 namespace {
 
-const SinkhornKernels& kernels() {
-  switch (capability()) {
-    case Capability::avx512: return sinkhorn_avx512();
-    case Capability::avx2: return sinkhorn_avx2();
-    default: return sinkhorn_baseline();
-  }
-}
-
 double damping(std::optional<double> tau, double epsilon) { return tau ? *tau / (*tau + epsilon) : 1.0; }
 
-struct Release {
-  void operator()(unsigned char* p) const { ::operator delete(p, std::align_val_t(64)); }
-};
-
-// Threads take problems in small batches, so that hard ones do not pile up on one of them.
 template <typename scalar>
 void solve_all(const SinkhornArguments<scalar>& x, int64_t batch) {
-  const SinkhornKernels& k = kernels();
-  const auto solve = [&] {
-    if constexpr (std::is_same_v<scalar, float>)
-      return k.solve_float;
-    else
-      return k.solve_double;
-  }();
-  const int64_t bytes = std::is_same_v<scalar, float> ? k.scratch_float(x.n, x.m) : k.scratch_double(x.n, x.m);
-  const int64_t threads = std::min<int64_t>(torch::stable::get_num_threads(), batch);
-  const int64_t work = x.n * x.m * x.max_iter;  // of one problem
-  const int64_t share = std::max<int64_t>(1, std::min<int64_t>(batch / (8 * std::max<int64_t>(threads, 1)), 2000000 / work));
-  std::atomic<int64_t> next{0};
-  const auto worker = [&](int64_t, int64_t) {
-    const std::unique_ptr<unsigned char, Release> scratch(
-        static_cast<unsigned char*>(::operator new(bytes, std::align_val_t(64))));
-    for (int64_t begin; (begin = next.fetch_add(share)) < batch;) solve(x, begin, std::min(begin + share, batch), scratch.get());
-  };
-  if (threads <= 1 || batch * work < 20000)  // not worth waking a thread
-    worker(0, 1);
-  else
-    torch::stable::parallel_for(0, threads, 1, worker);
+  const auto& kernel = pick(baseline::sinkhorn<scalar>, avx2::sinkhorn<scalar>, avx512::sinkhorn<scalar>);
+  for_each_problem(batch, x.n * x.m * x.max_iter, kernel.scratch_bytes(x.n, x.m), [&](int64_t begin, int64_t end, auto* scratch) {
+    kernel.solve(x, begin, end, scratch);
+  });
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> sinkhorn_fwd(

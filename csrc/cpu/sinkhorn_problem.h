@@ -15,14 +15,8 @@ struct SinkhornArguments {
   double slope_b;           // epsilon / tau_b; 0 for a hard marginal
 };
 
-// Solve problems [begin, end); scratch is 64-byte aligned.
-struct SinkhornKernels {
-  void (*solve_float)(const SinkhornArguments<float>&, int64_t begin, int64_t end, unsigned char* scratch);
-  void (*solve_double)(const SinkhornArguments<double>&, int64_t begin, int64_t end, unsigned char* scratch);
-  int64_t (*scratch_float)(int64_t n, int64_t m);
-  int64_t (*scratch_double)(int64_t n, int64_t m);
+template <typename scalar>
+struct SinkhornKernel {
+  void (*solve)(const SinkhornArguments<scalar>&, int64_t begin, int64_t end, unsigned char* scratch);  // problems [begin, end)
+  int64_t (*scratch_bytes)(int64_t n, int64_t m);
 };
-
-const SinkhornKernels& sinkhorn_baseline();
-const SinkhornKernels& sinkhorn_avx2();
-const SinkhornKernels& sinkhorn_avx512();

@@ -1,4 +1,4 @@
-// Sinkhorn forward, one problem at a time, for the instruction set that the including file names (see simd.h).
+// Sinkhorn forward, one problem at a time, for one instruction set (see each_set.h).
 //
 // T = diag(u) K diag(v) with K_ij = exp(phi_i + psi_j - cost_ij / epsilon). The iteration is the log-domain one; its potentials
 // are log u + phi and log v + psi (the marginals folded in). phi and psi are held in double, and K is rebuilt around the current
@@ -8,10 +8,7 @@
 //
 // Scratch: K, its transpose and the costs of the rows and columns that hold mass, padded to whole vectors. A padded entry of K is
 // 1 in the first row and 0 below, its mass is 1: so its scaling is 1/u_0, safe when the others are, and read by nobody.
-#pragma once
-
 #include "simd.h"
-#include "sinkhorn_problem.h"
 
 namespace {
 namespace HELO_FAST_SET {
@@ -21,11 +18,11 @@ constexpr double kRange = 1e8;  // an entry of K that underflows is then below 1
 inline double larger(double x, double y) { return x > y ? x : y; }
 
 template <typename scalar>
-class Solver {
+class SinkhornSolver {
  public:
   using V = Vectors<scalar>;
 
-  Solver(const SinkhornArguments<scalar>& x, unsigned char* scratch) : x_(x), scratch_(scratch) {
+  SinkhornSolver(const SinkhornArguments<scalar>& x, unsigned char* scratch) : x_(x), scratch_(scratch) {
     const int64_t n = x.n + V::lanes, m = x.m + V::lanes;  // padded rows and columns at most
     for (double** p : {&phi_, &log_a_, &alpha_}) *p = take<double>(n);
     for (double** p : {&psi_, &log_b_, &beta_, &top_, &total_}) *p = take<double>(m);
@@ -274,12 +271,12 @@ class Solver {
 
 template <typename scalar>
 void solve_some(const SinkhornArguments<scalar>& x, int64_t begin, int64_t end, unsigned char* scratch) {
-  Solver<scalar> solver(x, scratch);
+  SinkhornSolver<scalar> solver(x, scratch);
   for (int64_t problem = begin; problem < end; ++problem) solver.solve(problem);
 }
 
-constexpr SinkhornKernels kernels = {
-    solve_some<float>, solve_some<double>, Solver<float>::scratch_bytes, Solver<double>::scratch_bytes};
+template <typename scalar>
+constexpr SinkhornKernel<scalar> sinkhorn = {solve_some<scalar>, SinkhornSolver<scalar>::scratch_bytes};
 
 }  // namespace HELO_FAST_SET
 }  // namespace
