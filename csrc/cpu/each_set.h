@@ -4,6 +4,14 @@
 // Every other header has to be included before this one, so that no shared inline function of the standard library is ever
 // compiled for a processor that may not be there.
 
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+#if defined(__GNUC__) && !defined(__clang__)
+#pragma GCC diagnostic ignored "-Wpsabi"  // wide vectors are passed between inlined functions alone
+#endif
+
 #define HELO_FAST_SET baseline
 #define HELO_FAST_VECTOR_BYTES 16
 #include HELO_FAST_KERNEL

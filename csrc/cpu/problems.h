@@ -35,3 +35,10 @@ void for_each_problem(int64_t batch, int64_t work, int64_t scratch_bytes, const 
   else
     torch::stable::parallel_for(0, threads, 1, worker);
 }
+
+// The slices of one problem, on torch's threads.
+inline void for_each_in_parallel(int64_t count, void (*body)(void* context, int64_t i), void* context) {
+  torch::stable::parallel_for(0, count, 1, [=](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) body(context, i);
+  });
+}

@@ -3,125 +3,212 @@
 // Included once per instruction set by each_set.h, which defines HELO_FAST_SET (a namespace) and HELO_FAST_VECTOR_BYTES: so it has
 // no include guard, and neither have the kernels on it.
 
+#undef HELO_FAST_INLINE
+#define HELO_FAST_INLINE inline __attribute__((always_inline))
+
 namespace {
 namespace HELO_FAST_SET {
 
+// Written out for each scalar: GCC forgets a vector size that depends on a template's parameter.
 template <typename scalar>
-struct Vectors {
-  typedef scalar full __attribute__((vector_size(HELO_FAST_VECTOR_BYTES)));
-  typedef scalar half __attribute__((vector_size(HELO_FAST_VECTOR_BYTES / 2)));
-  static constexpr int64_t lanes = HELO_FAST_VECTOR_BYTES / sizeof(scalar);
-  static constexpr int64_t unit = lanes / 2;  // rows are padded to whole halves
+struct Vectors;
+
+template <>
+struct Vectors<float> {
+  typedef float full __attribute__((vector_size(HELO_FAST_VECTOR_BYTES)));
+  typedef int32_t words __attribute__((vector_size(HELO_FAST_VECTOR_BYTES)));
+  typedef uint32_t unsigned_words __attribute__((vector_size(HELO_FAST_VECTOR_BYTES)));
+  typedef double wide __attribute__((vector_size(2 * HELO_FAST_VECTOR_BYTES)));  // as many lanes, in double
+  typedef float piece __attribute__((vector_size(16)));
+  typedef double wide_piece __attribute__((vector_size(32)));
+  static constexpr int64_t lanes = HELO_FAST_VECTOR_BYTES / 4;
+};
+
+template <>
+struct Vectors<double> {
+  typedef double full __attribute__((vector_size(HELO_FAST_VECTOR_BYTES)));
+  typedef int64_t words __attribute__((vector_size(HELO_FAST_VECTOR_BYTES)));
+  typedef uint64_t unsigned_words __attribute__((vector_size(HELO_FAST_VECTOR_BYTES)));
+  typedef double wide __attribute__((vector_size(HELO_FAST_VECTOR_BYTES)));
+  typedef double piece __attribute__((vector_size(16)));
+  typedef double wide_piece __attribute__((vector_size(16)));
+  static constexpr int64_t lanes = HELO_FAST_VECTOR_BYTES / 8;
 };
 
 // From and to any address: a plain dereference would promise the vector's own alignment.
 template <typename vector, typename scalar>
-inline vector load(const scalar* p) {
+HELO_FAST_INLINE vector load(const scalar* p) {
   vector v;
   std::memcpy(&v, p, sizeof v);
   return v;
 }
 
 template <typename vector, typename scalar>
-inline void store(scalar* p, vector v) {
+HELO_FAST_INLINE void store(scalar* p, vector v) {
   std::memcpy(p, &v, sizeof v);
 }
 
 template <typename to, typename from>
-inline to bits(from x) {
+HELO_FAST_INLINE to bits(from x) {
   static_assert(sizeof(to) == sizeof(from), "");
   to y;
   std::memcpy(&y, &x, sizeof y);
   return y;
 }
 
-// exp for arguments up to 88, without branches, so that loops over it vectorise; 0 below the normal numbers. 2 ulp.
+template <typename scalar>
+struct Exponential;
+
+template <>
+struct Exponential<float> {
+  static constexpr float lowest = -87.0f, per_log2 = 1.44269504f, whole = 12582912.0f, log2_high = 0.693359375f, log2_low = -2.12194440e-4f;
+  static constexpr int mantissa = 23, one = 0x3f800000;
+  static constexpr float terms[] = {1.9875691500e-4f, 1.3981999507e-3f, 8.3334519073e-3f, 4.1665795894e-2f, 1.6666665459e-1f, 5.0000001201e-1f};
+};
+
+template <>
+struct Exponential<double> {
+  static constexpr double lowest = -700.0, per_log2 = 1.4426950408889634, whole = 6755399441055744.0;
+  static constexpr double log2_high = 6.93147180369123816490e-01, log2_low = 1.90821492927058770002e-10;
+  static constexpr int mantissa = 52;
+  static constexpr int64_t one = 0x3ff0000000000000;
+  static constexpr double terms[] = {  // Taylor to degree 13: 1e-17 for |r| <= ln 2 / 2
+      1.0 / 6227020800.0, 1.0 / 479001600.0, 1.0 / 39916800.0, 1.0 / 3628800.0, 1.0 / 362880.0, 1.0 / 40320.0,
+      1.0 / 5040.0,       1.0 / 720.0,       1.0 / 120.0,      1.0 / 24.0,      1.0 / 6.0,      0.5};
+};
+
+// exp for arguments up to 88 (700 in double), scalar or vector, without branches; 0 below the normal numbers. 2 ulp.
 // x = k ln 2 + r: 2^k goes into the exponent, e^r is a polynomial; adding and subtracting 1.5 * 2^mantissa rounds to whole k.
-inline float exp_vectorised(float x) {
-  const float low = x < -87.0f ? -87.0f : x;
-  const float shifted = low * 1.44269504f + 12582912.0f;
-  const float k = shifted - 12582912.0f;
-  const float r = (low - k * 0.693359375f) + k * 2.12194440e-4f;
-  float p = 1.9875691500e-4f;
-  p = p * r + 1.3981999507e-3f;
-  p = p * r + 8.3334519073e-3f;
-  p = p * r + 4.1665795894e-2f;
-  p = p * r + 1.6666665459e-1f;
-  p = p * r + 5.0000001201e-1f;
-  p = (p * r) * r + r + 1.0f;
-  const float scale = bits<float>((bits<int32_t>(shifted) << 23) + 0x3f800000);
-  return x < -87.0f ? 0.0f : p * scale;
+template <typename scalar, typename words, typename number>
+HELO_FAST_INLINE number exp_of(number x) {
+  using E = Exponential<scalar>;
+  const number low = x < E::lowest ? number{} + E::lowest : x;
+  const number shifted = low * E::per_log2 + E::whole;
+  const number k = shifted - E::whole;
+  const number r = (low - k * E::log2_high) - k * E::log2_low;
+  number p = r * E::terms[0] + E::terms[1];
+#pragma GCC unroll 16
+  for (size_t i = 2; i < sizeof(E::terms) / sizeof(scalar); ++i) p = p * r + E::terms[i];
+  p = (p * r) * r + r + scalar(1);
+  const number scale = bits<number>((bits<words>(shifted) << E::mantissa) + E::one);
+  return x < E::lowest ? number{} : p * scale;
 }
 
-inline double exp_vectorised(double x) {
-  const double low = x < -700.0 ? -700.0 : x;
-  const double shifted = low * 1.4426950408889634 + 6755399441055744.0;
-  const double k = shifted - 6755399441055744.0;
-  const double r = (low - k * 6.93147180369123816490e-01) - k * 1.90821492927058770002e-10;
-  double p = 1.0 / 6227020800.0;  // Taylor to degree 13: 1e-17 for |r| <= ln 2 / 2
-  p = p * r + 1.0 / 479001600.0;
-  p = p * r + 1.0 / 39916800.0;
-  p = p * r + 1.0 / 3628800.0;
-  p = p * r + 1.0 / 362880.0;
-  p = p * r + 1.0 / 40320.0;
-  p = p * r + 1.0 / 5040.0;
-  p = p * r + 1.0 / 720.0;
-  p = p * r + 1.0 / 120.0;
-  p = p * r + 1.0 / 24.0;
-  p = p * r + 1.0 / 6.0;
-  p = p * r + 0.5;
-  p = p * r * r + r + 1.0;
-  const double scale = bits<double>((bits<int64_t>(shifted) << 52) + 0x3ff0000000000000);
-  return x < -700.0 ? 0.0 : p * scale;
+inline float exp_vectorised(float x) { return exp_of<float, int32_t>(x); }
+inline double exp_vectorised(double x) { return exp_of<double, int64_t>(x); }
+HELO_FAST_INLINE Vectors<float>::full exp_vectorised(Vectors<float>::full x) { return exp_of<float, Vectors<float>::words>(x); }
+HELO_FAST_INLINE Vectors<double>::full exp_vectorised(Vectors<double>::full x) { return exp_of<double, Vectors<double>::words>(x); }
+
+// log of normal positive numbers, in the same way: x = 2^k z with z in [sqrt(1/2), sqrt(2)), log z = 2 atanh((z - 1) / (z + 1)). 2 ulp.
+inline double log_vectorised(double x) {
+  const int64_t above = bits<int64_t>(x) - 0x3fe6a09e667f3bcd;  // sqrt(1/2)
+  const int64_t k = above >> 52;
+  const double z = bits<double>(bits<int64_t>(x) - (k << 52));
+  const double s = (z - 1.0) / (z + 1.0), q = s * s;
+  double p = 1.0 / 23.0;  // Taylor: the next term is below 1e-18
+  for (int i = 21; i >= 3; i -= 2) p = p * q + 1.0 / i;
+  return double(k) * 6.93147180369123816490e-01 + (2.0 * s * (p * q) + (double(k) * 1.90821492927058770002e-10 + 2.0 * s));
 }
 
-// sums[0, columns) = sum_i weights[i] * matrix[i * stride ...]; columns is a whole number of halves.
-// Four full vectors (or what is left) of sums stay in registers, in several chains, while the rows pass by.
-template <typename scalar, int fulls, bool tail, int chains>
-inline void weighted_sum_tile(const scalar* matrix, int64_t stride, const scalar* weights, int64_t rows, scalar* sums) {
-  using V = Vectors<scalar>;
-  typename V::full sum[chains][fulls ? fulls : 1] = {};
-  typename V::half rest[chains] = {};
-  int64_t i = 0;
-  for (; i + chains <= rows; i += chains) {
-#pragma GCC unroll 8
-    for (int c = 0; c < chains; ++c) {
-      const scalar* row = matrix + (i + c) * stride;
-      const scalar w = weights[i + c];
-#pragma GCC unroll 8
-      for (int k = 0; k < fulls; ++k) sum[c][k] += w * load<typename V::full>(row + k * V::lanes);
-      if (tail) rest[c] += w * load<typename V::half>(row + fulls * V::lanes);
+// A vector as pieces of 16 bytes: pieces() of them, each of piece_lanes() scalars.
+template <typename scalar>
+struct Pieces {
+  using full = typename Vectors<scalar>::full;
+  using piece = typename Vectors<scalar>::piece;
+  static constexpr int64_t lanes = Vectors<scalar>::lanes;
+  static constexpr int64_t width = 16 / sizeof(scalar);
+  static constexpr int64_t count = lanes / width;
+
+  // The 16 bytes at p, in every piece.
+  static full repeat(const scalar* p) {
+#if defined(__x86_64__) && HELO_FAST_VECTOR_BYTES == 64  // one load; GCC makes a detour through memory out of a shuffle
+    return bits<full>(_mm512_maskz_broadcast_f32x4(0xffff, load<__m128>(p)));
+#elif defined(__x86_64__) && HELO_FAST_VECTOR_BYTES == 32
+    return bits<full>(_mm256_broadcast_ps(reinterpret_cast<const __m128*>(p)));
+#else
+    return repeat(load<piece>(p), std::make_index_sequence<lanes>());
+#endif
+  }
+  // Piece p: the sum of the pieces of vector p of those at x.
+  static HELO_FAST_INLINE full piece_sums(const scalar* vectors) {
+    full x[count];
+#pragma GCC unroll 4
+    for (int64_t p = 0; p < count; ++p) x[p] = load<full>(vectors + p * lanes);
+    const auto all = std::make_index_sequence<lanes>();
+    if constexpr (count == 1) {
+      return x[0];
+    } else if constexpr (count == 2) {
+      return gather<0, 2>(x[0], x[1], all) + gather<1, 3>(x[0], x[1], all);
+    } else {
+      const full x01 = gather<0, 1, 4, 5>(x[0], x[1], all) + gather<2, 3, 6, 7>(x[0], x[1], all);
+      const full x23 = gather<0, 1, 4, 5>(x[2], x[3], all) + gather<2, 3, 6, 7>(x[2], x[3], all);
+      return gather<0, 2, 4, 6>(x01, x23, all) + gather<1, 3, 5, 7>(x01, x23, all);
     }
   }
-  for (; i < rows; ++i) {
-    const scalar* row = matrix + i * stride;
-    for (int k = 0; k < fulls; ++k) sum[0][k] += weights[i] * load<typename V::full>(row + k * V::lanes);
-    if (tail) rest[0] += weights[i] * load<typename V::half>(row + fulls * V::lanes);
-  }
-  for (int c = 1; c < chains; ++c) {
-    for (int k = 0; k < fulls; ++k) sum[0][k] += sum[c][k];
-    rest[0] += rest[c];
-  }
-  for (int k = 0; k < fulls; ++k) store(sums + k * V::lanes, sum[0][k]);
-  if (tail) store(sums + fulls * V::lanes, rest[0]);
-}
 
-template <typename scalar>
-inline void weighted_sum(const scalar* matrix, int64_t stride, const scalar* weights, int64_t rows, scalar* sums, int64_t columns) {
-  using V = Vectors<scalar>;
-  for (; columns >= 4 * V::lanes; matrix += 4 * V::lanes, sums += 4 * V::lanes, columns -= 4 * V::lanes)
-    weighted_sum_tile<scalar, 4, false, 2>(matrix, stride, weights, rows, sums);
-  switch (columns / V::unit) {
-    case 1: return weighted_sum_tile<scalar, 0, true, 8>(matrix, stride, weights, rows, sums);
-    case 2: return weighted_sum_tile<scalar, 1, false, 8>(matrix, stride, weights, rows, sums);
-    case 3: return weighted_sum_tile<scalar, 1, true, 4>(matrix, stride, weights, rows, sums);
-    case 4: return weighted_sum_tile<scalar, 2, false, 4>(matrix, stride, weights, rows, sums);
-    case 5: return weighted_sum_tile<scalar, 2, true, 4>(matrix, stride, weights, rows, sums);
-    case 6: return weighted_sum_tile<scalar, 3, false, 2>(matrix, stride, weights, rows, sums);
-    case 7: return weighted_sum_tile<scalar, 3, true, 2>(matrix, stride, weights, rows, sums);
-    default: return;
+  // Lane k of each piece, in all lanes of that piece.
+  template <int k>
+  static full spread(full x) { return shuffle<k, k, k, k>(x, x, std::make_index_sequence<lanes>()); }
+
+  // Lane k of each piece: the sum of that piece of x[k].
+  static HELO_FAST_INLINE full transposed_sums(const full* x) {
+    const auto all = std::make_index_sequence<lanes>();
+    if constexpr (width == 2) {
+      return shuffle<0, 2, 0, 2>(x[0], x[1], all) + shuffle<1, 3, 1, 3>(x[0], x[1], all);
+    } else {
+      const full x01 = shuffle<0, 4, 1, 5>(x[0], x[1], all) + shuffle<2, 6, 3, 7>(x[0], x[1], all);
+      const full x23 = shuffle<0, 4, 1, 5>(x[2], x[3], all) + shuffle<2, 6, 3, 7>(x[2], x[3], all);
+      return shuffle<0, 1, 4, 5>(x01, x23, all) + shuffle<2, 3, 6, 7>(x01, x23, all);
+    }
   }
-}
+
+ private:
+  // Within each piece of (x, y): from[lane], counting y's lanes after x's.
+  template <int... from, size_t... i>
+  static full shuffle(full x, full y, std::index_sequence<i...>) {
+    return __builtin_shufflevector(x, y, source<from...>(i)...);
+  }
+  template <int... from>
+  static constexpr int source(int64_t i) {
+    constexpr int table[] = {from...};
+    const int lane = table[i % width];
+    return int(i / width * width + lane % width + lane / width * lanes);
+  }
+  // Whole pieces of (x, y).
+  template <int... from, size_t... i>
+  static full gather(full x, full y, std::index_sequence<i...>) {
+    return __builtin_shufflevector(x, y, piece_source<from...>(i)...);
+  }
+  template <int... from>
+  static constexpr int piece_source(int64_t i) {
+    constexpr int table[] = {from...};
+    return int(table[i / width] * width + i % width);
+  }
+  template <size_t... i>
+  static full repeat(piece p, std::index_sequence<i...>) { return __builtin_shufflevector(p, p, int(i % width)...); }
+};
+
+// Whether all of x lies in [low, high], two normal positive numbers; false for NaN. Of positive numbers the bits are in order too.
+template <typename scalar>
+class RangeCheck {
+ public:
+  RangeCheck(scalar low, scalar high) : low_(bits<word>(low)), span_(bits<word>(high) - low_) {}
+  HELO_FAST_INLINE void see(typename Vectors<scalar>::full x) {
+    const words above = bits<words>(x) - low_;
+    worst_ = above > worst_ ? above : worst_;
+  }
+  bool passed() const {
+    word worst = 0;
+    for (int64_t i = 0; i < Vectors<scalar>::lanes; ++i) worst = worst_[i] > worst ? worst_[i] : worst;
+    return worst <= span_;
+  }
+
+ private:
+  using word = std::conditional_t<sizeof(scalar) == 4, uint32_t, uint64_t>;
+  using words = typename Vectors<scalar>::unsigned_words;
+  word low_, span_;
+  words worst_ = {};
+};
 
 }  // namespace HELO_FAST_SET
 }  // namespace

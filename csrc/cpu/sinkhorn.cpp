@@ -12,6 +12,8 @@
 #include <initializer_list>
 #include <optional>
 #include <tuple>
+#include <type_traits>
+#include <utility>
 
 #include "capability.h"
 #include "problems.h"
@@ -30,9 +32,15 @@ double damping(std::optional<double> tau, double epsilon) { return tau ? *tau / 
 template <typename scalar>
 void solve_all(const SinkhornArguments<scalar>& x, int64_t batch) {
   const auto& kernel = pick(baseline::sinkhorn<scalar>, avx2::sinkhorn<scalar>, avx512::sinkhorn<scalar>);
-  for_each_problem(batch, x.n * x.m * x.max_iter, kernel.scratch_bytes(x.n, x.m), [&](int64_t begin, int64_t end, auto* scratch) {
-    kernel.solve(x, begin, end, scratch);
-  });
+  const int64_t scratch_bytes = kernel.scratch_bytes(x.n, x.m);
+  if (x.n * x.m >= 65536 && batch < torch::stable::get_num_threads()) {  // too few problems for the threads: cut each
+    const Scratch scratch = take_scratch(scratch_bytes);
+    kernel.solve(x, 0, batch, scratch.get(), for_each_in_parallel);
+  } else {
+    for_each_problem(batch, x.n * x.m * x.max_iter, scratch_bytes, [&](int64_t begin, int64_t end, unsigned char* scratch) {
+      kernel.solve(x, begin, end, scratch, nullptr);
+    });
+  }
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> sinkhorn_fwd(

@@ -15,8 +15,12 @@ struct SinkhornArguments {
   double slope_b;           // epsilon / tau_b; 0 for a hard marginal
 };
 
+// Runs body(context, i) for all i in [0, count), in any order, on any thread.
+using ForEach = void (*)(int64_t count, void (*body)(void* context, int64_t i), void* context);
+
 template <typename scalar>
 struct SinkhornKernel {
-  void (*solve)(const SinkhornArguments<scalar>&, int64_t begin, int64_t end, unsigned char* scratch);  // problems [begin, end)
+  // Problems [begin, end). for_each spreads the slices of one problem; the result does not depend on it.
+  void (*solve)(const SinkhornArguments<scalar>&, int64_t begin, int64_t end, unsigned char* scratch, ForEach for_each);
   int64_t (*scratch_bytes)(int64_t n, int64_t m);
 };
