@@ -527,13 +527,14 @@ class SinkhornSolver {
 template <typename scalar>
 void solve_some(const SinkhornArguments<scalar>& x, int64_t begin, int64_t end, unsigned char* scratch, ForEach for_each) {
   const int64_t bytes = SinkhornSolver<scalar>::scratch_bytes(x.n, x.m);
-  SinkhornSolver<scalar> first(x, scratch, for_each), second(x, scratch + bytes, for_each);
+  SinkhornSolver<scalar> first(x, scratch, for_each);
   if (bytes > kPairBytes) {
     for (int64_t problem = begin; problem < end; ++problem)
       for (first.begin(problem); first.advance();) {
       }
     return;
   }
+  SinkhornSolver<scalar> second(x, scratch + bytes, for_each);
   bool first_runs = begin < end, second_runs = begin + 1 < end;
   if (first_runs) first.begin(begin++);
   if (second_runs) second.begin(begin++);
