@@ -5,6 +5,8 @@
 
 #undef HELO_FAST_INLINE
 #define HELO_FAST_INLINE inline __attribute__((always_inline))
+#undef HELO_FAST_LAMBDA
+#define HELO_FAST_LAMBDA __attribute__((always_inline))
 
 namespace {
 namespace HELO_FAST_SET {

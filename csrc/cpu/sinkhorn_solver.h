@@ -20,7 +20,8 @@
 namespace {
 namespace HELO_FAST_SET {
 
-constexpr int64_t kPairBytes = 30000;  // scratch of one problem, so that two stay in the first-level cache
+constexpr int64_t kPairBytes = 60000;   // scratch of one problem, half of it costs, so that two K stay near
+constexpr int64_t kCacheBytes = 16384;  // of K, so that two passes over it cost what one does
 constexpr double kRange = 1e8;         // an entry of K that underflows is then below 1e-21 of its row
 
 template <typename scalar>
@@ -33,7 +34,7 @@ class SinkhornSolver {
   static constexpr int64_t lanes = P::lanes, width = P::width;
 
   SinkhornSolver(const SinkhornArguments<scalar>& x, unsigned char* scratch, ForEach for_each)
-      : x_(x), scratch_(scratch), for_each_(for_each) {
+      : x_(x), scratch_(scratch), for_each_(for_each), hard_rows_(x.kappa_a == 1), hard_columns_(x.kappa_b == 1) {
     const Sizes size(x.n, x.m);
     for (double** p : {&phi_, &log_a_, &alpha_}) *p = take<double>(size.rows);
     for (double** p : {&psi_, &log_b_, &beta_, &top_, &total_}) *p = take<double>(size.columns);
@@ -59,7 +60,6 @@ class SinkhornSolver {
 
   void begin(int64_t problem) {
     problem_ = problem;
-    history_ = x_.kept ? x_.history + problem * x_.kept * (x_.n + x_.m) : nullptr;
     load_marginals();
     iterations_ = 0;
     if (!solvable()) return;
@@ -67,13 +67,22 @@ class SinkhornSolver {
     start();
   }
 
-  // One iteration; false after the last one, when the result is written.
-  bool advance() {
+  // One iteration is front(), then back(); false after the last one, when the result is written.
+  void front() {
+    if (!solvable()) return;
+    ++iterations_;
+    step_columns();
+    if (in_cache_) u_safe_ = sum_rows();
+  }
+
+  bool back() {
     if (solvable()) {
-      ++iterations_;
-      step_columns();
-      step_rows();
-      if (history_) record(history_ + (iterations_ - 1) * (x_.n + x_.m));
+      if (!(in_cache_ ? add_rows() : step_rows())) {
+        exact_rows();
+        absorb();
+      }
+      if (iterations_ < x_.max_iter && !(x_.kept || x_.tol >= 0)) return true;
+      if (x_.kept) record(x_.history + (problem_ * x_.kept + iterations_ - 1) * (x_.n + x_.m));
       const bool check = x_.tol >= 0 && iterations_ % x_.check_every == 0;
       if (iterations_ < x_.max_iter && !(check && marginal_error() <= x_.tol)) return true;
     }
@@ -82,6 +91,9 @@ class SinkhornSolver {
   }
 
  private:
+  using Check = RangeCheck<scalar>;
+  static Check new_check() { return Check(scalar(1 / kRange), scalar(kRange)); }
+
   struct Sizes {
     Sizes(int64_t n, int64_t m)
         : rows(padded(n)), columns(padded(m)), slices(n * m < 65536 ? 1 : (rows / lanes + kSliceGroups - 1) / kSliceGroups) {}
@@ -136,6 +148,7 @@ class SinkhornSolver {
     mp_ = padded(m_), chunks_ = (m_ + width - 1) / width;
     clear(m_, mp_, columns_, b_, empty_column_);
     block_groups_ = m_ <= 64 ? kBlockGroups : 1;
+    in_cache_ = block_groups_ > 1 && np_ * mp_ * int64_t(sizeof(scalar)) <= kCacheBytes;
     slice_count_ = Sizes(n_, m_).slices;
     for (int64_t i = 0; i < np_; ++i) log_a_[i] = log_vectorised(double(a_[i]));
     for (int64_t j = 0; j < mp_; ++j) log_b_[j] = log_vectorised(double(b_[j]));
@@ -273,100 +286,153 @@ class SinkhornSolver {
     build();
   }
 
-  void step_columns() {
-    RangeCheck<scalar> check(scalar(1 / kRange), scalar(kRange));
-    for (int64_t j = 0; j < mp_; j += lanes) check.see(rescale(load<full>(w_ + j), v_, b_, log_b_, psi_, x_.kappa_b, j));
+  HELO_FAST_INLINE void step_columns() {
+    Check check = new_check();
+    const bool hard = hard_columns_;
+    for (int64_t j = 0; j < mp_; j += lanes) check.see(rescale(hard, load<full>(w_ + j), v_, b_, log_b_, psi_, x_.kappa_b, j));
     if (check.passed()) return;
     exact_columns();
     absorb();
   }
 
-  // u = a / (K v) and w = K' u, in one pass over K.
-  void step_rows() {
-    for_slices([&](Slice& slice, int64_t first, int64_t last) { slice.safe = step_groups(first, last, slice.partial); });
-    bool safe = slices_[0].safe;
-    for (int64_t s = 1; s < slice_count_; ++s) {
-      safe &= slices_[s].safe;
-      for (int64_t i = 0; i < mp_ * P::count; i += lanes)
-        store(slices_[0].partial + i, load<full>(slices_[0].partial + i) + load<full>(slices_[s].partial + i));
-    }
-    for (int64_t j = 0; j < mp_; j += lanes)
-      store(w_ + j, P::piece_sums(slices_[0].partial + j * P::count) + load<full>(empty_column_ + j));
-    if (safe) return;
-    exact_rows();
-    absorb();
-  }
-
-  bool step_groups(int64_t first, int64_t last, scalar* w) {
-    RangeCheck<scalar> check(scalar(1 / kRange), scalar(kRange));
-    for (int64_t c = chunks_; c < mp_ / width; ++c) store(w + c * lanes, full{});
-    if (block_groups_ > 1)
-      for (int64_t group = first; group < last; group += block_groups_)
-        with_depth<kBlockGroups * width>(block_depth(group), [&](auto deep) { step_block<deep>(group, group == first, w, check); });
-    else
-      step_long_rows(first, last, w, check);
+  // u = a / (K v), then w = K' u: for problems in cache, in two steps; whether u is safe.
+  HELO_FAST_INLINE bool sum_rows() {
+    Check check = new_check();
+    for (int64_t group = 0; group < groups_; group += kBlockGroups)
+      with_depth(block_depth(group), [&](auto deep) HELO_FAST_LAMBDA { sum_block<deep>(group, check); });
     return check.passed();
   }
 
+  HELO_FAST_INLINE bool add_rows() {
+    scalar* w = slices_[0].partial;
+    for (int64_t group = 0; group < groups_; group += kBlockGroups)
+      with_depth(block_depth(group), [&](auto deep) HELO_FAST_LAMBDA { add_block<deep>(group, group == 0, w); });
+    finish_columns(w);
+    return u_safe_;
+  }
+
+  // The same for all others, in one pass over K.
+  bool step_rows() {
+    for_slices([&](Slice& slice, int64_t first, int64_t last) {
+      Check check = new_check();
+      if (block_groups_ == 1)
+        step_long_rows(first, last, slice.partial, check);
+      else
+        for (int64_t group = first; group < last; group += kBlockGroups)
+          with_depth(block_depth(group), [&](auto deep) {
+            sum_block<deep>(group, check);
+            add_block<deep>(group, group == first, slice.partial);
+          });
+      slice.safe = check.passed();
+    });
+    bool safe = slices_[0].safe;
+    for (int64_t s = 1; s < slice_count_; ++s) {
+      safe &= slices_[s].safe;
+      for (int64_t i = 0; i < chunks_ * lanes; i += lanes)
+        store(slices_[0].partial + i, load<full>(slices_[0].partial + i) + load<full>(slices_[s].partial + i));
+    }
+    finish_columns(slices_[0].partial);
+    return safe;
+  }
+
+  HELO_FAST_INLINE void finish_columns(scalar* parts) {
+    for (int64_t c = chunks_; c < mp_ / width; ++c) store(parts + c * lanes, full{});
+    for (int64_t j = 0; j < mp_; j += lanes) store(w_ + j, P::piece_sums(parts + j * P::count) + load<full>(empty_column_ + j));
+  }
+
+  // u = a / (K v)
   template <int deep>
-  HELO_FAST_INLINE void step_block(int64_t group, bool fresh, scalar* w, RangeCheck<scalar>& check) {
+  HELO_FAST_INLINE void sum_block(int64_t group, Check& check) {
     constexpr int sets = (deep + int(width) - 1) / int(width);
-    full sums[sets * width] = {}, weights[sets * width];
-    sweep<0, deep>(nullptr, weights, true, nullptr, bricks(group), sums);
+    full sums[sets * width] = {};
+    sweep<0, deep, true>(nullptr, nullptr, nullptr, bricks(group), sums);
 #pragma GCC unroll 8
-    for (int set = 0; set < sets; ++set) scale(group + set, sums + set * width, weights + set * width, check);
-    sweep<deep, 0>(bricks(group), weights, fresh, w, nullptr, sums);
+    for (int set = 0; set < sets; ++set) scale(group + set, sums + set * width, check);
+  }
+
+  // w += K' u
+  template <int deep>
+  HELO_FAST_INLINE void add_block(int64_t group, bool fresh, scalar* w) const {
+    constexpr int sets = (deep + int(width) - 1) / int(width);
+    full weights[sets * width];
+#pragma GCC unroll 8
+    for (int set = 0; set < sets; ++set) spread(load<full>(u_ + (group + set) * lanes), weights + set * width);
+    if (fresh)
+      sweep<deep, 0, true>(bricks(group), weights, w, nullptr, nullptr);
+    else
+      sweep<deep, 0, false>(bricks(group), weights, w, nullptr, nullptr);
   }
 
   // Where rows are long, a sweep adds one group's part to w, from the first-level cache, while the next group arrives in it.
-  void step_long_rows(int64_t first, int64_t last, scalar* w, RangeCheck<scalar>& check) {
+  void step_long_rows(int64_t first, int64_t last, scalar* w, Check& check) {
     full sums[width] = {}, weights[width];
-    with_depth<width>(depth(first), [&](auto next) { sweep<0, next>(nullptr, weights, true, w, bricks(first), sums); });
+    for (int64_t c = 0; c < chunks_; ++c) store(w + c * lanes, full{});
+    with_depth<width>(depth(first), [&](auto next) { sweep<0, next, false>(nullptr, weights, w, bricks(first), sums); });
     for (int64_t group = first; group < last; ++group) {
-      scale(group, sums, weights, check);
+      spread(scale(group, sums, check), weights);
       for (full& sum : sums) sum = full{};
       if (group + 1 < last)
-        with_depth<width>(depth(group + 1), [&](auto next) {
-          sweep<width, next>(bricks(group), weights, group == first, w, bricks(group + 1), sums);
-        });
+        with_depth<width>(
+            depth(group + 1), [&](auto next) { sweep<width, next, false>(bricks(group), weights, w, bricks(group + 1), sums); });
       else
-        with_depth<width>(depth(group), [&](auto deep) { sweep<deep, 0>(bricks(group), weights, group == first, w, nullptr, sums); });
+        with_depth<width>(depth(group), [&](auto deep) { sweep<deep, 0, false>(bricks(group), weights, w, nullptr, sums); });
     }
   }
 
-  template <int most, int deep = 1, typename Call>
+  // call(depth as a constant)
+  template <int most = kBlockGroups * width, typename Call>
   static HELO_FAST_INLINE void with_depth(int64_t depth, const Call& call) {
-    if constexpr (deep < most)
-      if (depth != deep) return with_depth<most, deep + 1>(depth, call);
-    call(std::integral_constant<int, deep>());
+    switch (depth) {
+#define HELO_FAST_DEPTH(deep) \
+  case deep:                  \
+    if constexpr (deep < most) return call(std::integral_constant<int, deep>());
+      HELO_FAST_DEPTH(1)
+      HELO_FAST_DEPTH(2)
+      HELO_FAST_DEPTH(3)
+      HELO_FAST_DEPTH(4)
+      HELO_FAST_DEPTH(5)
+      HELO_FAST_DEPTH(6)
+      HELO_FAST_DEPTH(7)
+      HELO_FAST_DEPTH(8)
+      HELO_FAST_DEPTH(9)
+      HELO_FAST_DEPTH(10)
+      HELO_FAST_DEPTH(11)
+#undef HELO_FAST_DEPTH
+      default: return call(std::integral_constant<int, most>());
+    }
   }
 
   // w (from nothing where fresh) += K' u of bricks `deep` deep; sums += K_next v of bricks `next` deep.
-  template <int deep, int next>
-  HELO_FAST_INLINE void sweep(const scalar* K, const full* weights, bool fresh, scalar* w, const scalar* K_next, full* sums) const {
-    const full zero = {};
-    const scalar *v = v_, *before = fresh ? reinterpret_cast<const scalar*>(&zero) : w;
-    const int64_t chunks = chunks_, step = fresh ? 0 : lanes;
-    for (int64_t c = 0; c < chunks; ++c) {
+  template <int deep, int next, bool fresh>
+  HELO_FAST_INLINE void sweep(const scalar* K, const full* weights, scalar* w, const scalar* K_next, full* sums) const {
+    const scalar *v = v_, *const end = v + chunks_ * width;
+    for (; v < end; v += width) {
       if constexpr (next > 0) {
-        const full vc = P::repeat(v + c * width);
+        const full vc = P::repeat(v);
 #pragma GCC unroll 16
-        for (int k = 0; k < next; ++k) sums[k] += load<full>(K_next + (c * next + k) * lanes) * vc;
+        for (int k = 0; k < next; ++k) sums[k] += load<full>(K_next + k * lanes) * vc;
+        K_next += next * lanes;
       }
       if constexpr (deep > 0) {
-        full sum = load<full>(before + c * step);
+        full sum = load<full>(K) * weights[0], more = fresh ? full{} : load<full>(w);
 #pragma GCC unroll 16
-        for (int k = 0; k < deep; ++k) sum += load<full>(K + (c * deep + k) * lanes) * weights[k];
-        store(w + c * lanes, sum);
+        for (int k = 1; k < deep; ++k) (k % 2 ? more : sum) += load<full>(K + k * lanes) * weights[k];
+        store(w, sum + more);
+        K += deep * lanes;
+        w += lanes;
       }
     }
   }
 
-  // u of one group, and each brick's part of it.
-  HELO_FAST_INLINE void scale(int64_t group, const full* sums, full* weights, RangeCheck<scalar>& check) {
+  HELO_FAST_INLINE full scale(int64_t group, const full* sums, Check& check) {
     const int64_t slot = group * lanes;
-    const full u = rescale(P::transposed_sums(sums) + load<full>(empty_row_ + slot), u_, a_, log_a_, phi_, x_.kappa_a, slot);
+    const full u = rescale(hard_rows_, P::transposed_sums(sums) + load<full>(empty_row_ + slot), u_, a_, log_a_, phi_, x_.kappa_a, slot);
     check.see(u);
+    return u;
+  }
+
+  // Each brick's part of u.
+  static HELO_FAST_INLINE void spread(full u, full* weights) {
     weights[0] = P::template spread<0>(u);
     weights[1] = P::template spread<1>(u);
     if constexpr (width == 4) {
@@ -377,8 +443,8 @@ class SinkhornSolver {
 
   // scalings[at...] = mass * exp((kappa - 1) * potential) * sums^-kappa
   static HELO_FAST_INLINE full rescale(
-      full sums, scalar* scalings, const scalar* mass, const double* log_mass, const double* potential, double kappa, int64_t at) {
-    const full result = kappa == 1 ? load<full>(mass + at) / sums : damped(sums, log_mass + at, potential + at, kappa);
+      bool hard, full sums, scalar* scalings, const scalar* mass, const double* log_mass, const double* potential, double kappa, int64_t at) {
+    const full result = hard ? load<full>(mass + at) / sums : damped(sums, log_mass + at, potential + at, kappa);
     store(scalings + at, result);
     return result;
   }
@@ -508,8 +574,8 @@ class SinkhornSolver {
   const SinkhornArguments<scalar>& x_;
   unsigned char* scratch_;
   ForEach for_each_;
+  const bool hard_rows_, hard_columns_;  // marginals
   int64_t problem_ = 0, iterations_ = 0;
-  scalar* history_ = nullptr;
   int64_t n_ = 0, m_ = 0, np_ = 0, mp_ = 0;             // rows and columns with mass; padded to whole vectors
   int64_t groups_ = 0, block_groups_ = 1, chunks_ = 0, slice_count_ = 0;   // a chunk is `width` columns
   int64_t *rows_, *columns_;                            // where the mass is; -1 in an empty slot
@@ -520,27 +586,29 @@ class SinkhornSolver {
   Slice* slices_;
   scalar *K_, *copy_;   // [np, mp]
   const scalar* cost_;  // [.., mp]
-  bool copied_ = false;
+  bool copied_ = false, in_cache_ = false, u_safe_ = true;
 };
 
-// Two small problems advance in turn, so that the processor works on one while it waits for the other's last sums.
+// Two small problems advance in turn, half an iteration each, so that the processor works on one while it waits for the other's sums.
 template <typename scalar>
 void solve_some(const SinkhornArguments<scalar>& x, int64_t begin, int64_t end, unsigned char* scratch, ForEach for_each) {
-  const int64_t bytes = SinkhornSolver<scalar>::scratch_bytes(x.n, x.m);
-  SinkhornSolver<scalar> first(x, scratch, for_each);
-  if (bytes > kPairBytes) {
-    for (int64_t problem = begin; problem < end; ++problem)
-      for (first.begin(problem); first.advance();) {
-      }
-    return;
+  using Solver = SinkhornSolver<scalar>;
+  const int64_t bytes = Solver::scratch_bytes(x.n, x.m);
+  const auto next = [&](Solver& solver) { return begin < end && (solver.begin(begin++), true); };
+  Solver first(x, scratch, for_each);
+  bool first_runs = next(first);
+  if (bytes <= kPairBytes) {
+    Solver second(x, scratch + bytes, for_each);
+    for (bool second_runs = next(second); second_runs;) {
+      if (first_runs) first.front();
+      second.front();
+      if (first_runs) first_runs = first.back() || next(first);
+      second_runs = second.back() || next(second);
+    }
   }
-  SinkhornSolver<scalar> second(x, scratch + bytes, for_each);
-  bool first_runs = begin < end, second_runs = begin + 1 < end;
-  if (first_runs) first.begin(begin++);
-  if (second_runs) second.begin(begin++);
-  while (first_runs || second_runs) {
-    if (first_runs && !first.advance() && (first_runs = begin < end)) first.begin(begin++);
-    if (second_runs && !second.advance() && (second_runs = begin < end)) second.begin(begin++);
+  while (first_runs) {
+    first.front();
+    first_runs = first.back() || next(first);
   }
 }
 
