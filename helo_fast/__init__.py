@@ -1,5 +1,6 @@
 """helo-fast: batched optimal transport, biased attention, and the HeLo model of emotion-distribution learning."""
 
+from . import pot
 from ._checks import checks
 from ._registry import backend, info
 from .model import HeLo, HeLoConfig, load_released
@@ -21,5 +22,6 @@ __all__ = [
     "info",
     "lcd_attention",
     "load_released",
+    "pot",
     "sinkhorn",
 ]

@@ -165,9 +165,10 @@ def test_triton_is_imported_only_when_it_runs():
 def compiled(arch, dtype, BLOCK_N, BLOCK_M):
     """The kernel for sm_<arch>, as the launcher has it compiled."""
     import triton
-    from helo_fast.kernels import sinkhorn as kernels
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
+
+    from helo_fast.kernels import sinkhorn as kernels
 
     kernel = kernels._sinkhorn_fwd_kernel
     pointers = kernel.arg_names[: kernel.arg_names.index("cost_stride_b")]
