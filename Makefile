@@ -8,7 +8,7 @@ STAMP  := $(VENV)/.helo-fast-installed
 NATIVE := $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.cu csrc/*/*.h)
 
 .DEFAULT_GOAL := help
-.PHONY: help install lint test demo bench clean
+.PHONY: help install lint test demo bench performance clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -38,6 +38,11 @@ bench: $(STAMP)  ## the benchmarks, and their ratios beside the targets
 	@mkdir -p .benchmarks
 	$(BIN)/pytest benchmarks --benchmark-only --benchmark-json=.benchmarks/latest.json -q
 	$(BIN)/python benchmarks/ratios.py .benchmarks/latest.json
+
+performance: $(STAMP)  ## the benchmarks with the large sizes, into docs/performance.md and its plots (an idle machine, ten minutes)
+	@mkdir -p .benchmarks
+	$(BIN)/pytest benchmarks --benchmark-only -m "large or not large" --benchmark-json=.benchmarks/performance.json -q
+	$(BIN)/python -m benchmarks.report .benchmarks/performance.json docs
 
 clean:  ## remove what the build made
 	rm -rf build dist *.egg-info helo_fast/*.so

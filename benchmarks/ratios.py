@@ -65,15 +65,22 @@ CUDA_ROWS = [
     *_training("released", 128, 10, None, " cuda"),
     *_training("released", 8192, 4, 8, " cuda"),
 ]
+HEAD = ("case", "against", "target", "measured", "met", "by; theirs / ours")
 HALF = [("released", 7.0), ("paper", 7.0)]
-FLOORS = [("B1024 n36", 2.5), ("B64 n128", None), ("B8 n512", None)]
+FLOORS = [
+    ("sinkhorn forward, B1024 n36", "sinkhorn fwd B1024 n36", 2.5),
+    ("sinkhorn forward, B64 n128", "sinkhorn fwd B64 n128", None),
+    ("sinkhorn forward, B8 n512", "sinkhorn fwd B8 n512", None),
+    ("sinkhorn forward, tol 1e-4, mixed, B1024 n36", "sinkhorn tol 1e-4 B1024 n36", None),
+    ("sinkhorn forward + implicit backward, B1024 n36", _GRADIENT, None),
+]
 # What the authors' own code took, in 2048^3 matrix products.
 CALIBRATION = [
     ("training step, released: naive", "train step released B128", "naive", 1.9),
     ("training step, released: eager", "train step released B128", "eager", 1.9),
     ("transport solver with gradients on: naive", "gromov_from_tokens B128 n36 D128", "naive", 0.34),
 ]
-DISPATCH, IMPORT, PRODUCT = "dispatch sinkhorn B1 n4 1 iteration", "import helo_fast after torch", "matmul 2048"
+DISPATCH, IMPORT, PRODUCT, CLOCK = "dispatch sinkhorn B1 n4 1 iteration", "import helo_fast after torch", "matmul 2048", "clock of a core"
 
 
 class Run:
@@ -99,6 +106,9 @@ class Run:
     def value(self, group: str, member: str, quantity: str = "time") -> float:
         entry = self.groups[group][member]
         return entry["stats"]["median"] if quantity == "time" else entry["extra_info"][quantity]
+
+    def fastest(self, group: str, member: str) -> float:
+        return self.groups[group][member]["stats"]["min"]
 
     def ours(self, group: str) -> str | None:
         """The member that stands for the package."""
@@ -166,39 +176,43 @@ def importing(run: Run) -> tuple[str, ...]:
     return *head, f"{seconds:.3f} s", _met(0.15, seconds, at_most=True), "median of the processes"
 
 
+def hertz(run: Run) -> float | None:
+    """Of a core: the fastest chain of dependent additions, which others on the machine disturbed least."""
+    return None if run.missing(CLOCK, "additions") else run.value(CLOCK, "additions", "cycles") / run.fastest(CLOCK, "additions")
+
+
 def floors(run: Run) -> tuple[list[tuple[str, ...]], str]:
     """Rows of achieved over floor, and the assumption in words."""
     threads, capability = run.environment["threads"], run.environment["torch_cpu_capability"]
-    a_cycle, hertz = MULTIPLY_ADDS_A_CYCLE.get(capability), _hertz(run.machine.get("cpu", {}))
+    a_cycle, clock = MULTIPLY_ADDS_A_CYCLE.get(capability), hertz(run)
+    no_clock = run.missing(CLOCK, "additions") or (None if a_cycle else f"vectors of unknown width ({capability})")
     no_product = run.missing(PRODUCT, "torch")
-    rate = None if a_cycle is None or hertz is None else a_cycle * hertz * threads
-    product_rate = None if no_product else run.value(PRODUCT, "torch", "multiply_adds") / run.value(PRODUCT, "torch")
+    bounds = {
+        "floor, clock": (no_clock, None if no_clock else a_cycle * clock * threads),
+        "floor, matmul rate": (
+            no_product,
+            None if no_product else run.value(PRODUCT, "torch", "multiply_adds") / run.value(PRODUCT, "torch"),
+        ),
+    }
     rows = []
-    for size, target in FLOORS:
-        group, wanted = f"sinkhorn fwd {size}", "-" if target is None else f"{target:g}x"
+    for label, group, target in FLOORS:
         ours = run.ours(group)
-        for name, speed in (("floor, clock", rate), ("floor, matmul rate", product_rate)):
-            head = (f"sinkhorn forward, {size}", name, wanted if name == "floor, clock" else "-")
-            if ours is None or speed is None:
-                reason = run.without_ours(group) if ours is None else no_product or f"no clock or vector width known ({capability})"
+        for name, (unknown, speed) in bounds.items():
+            wanted = target if name == "floor, clock" else None
+            head = (label, name, "-" if wanted is None else f"{wanted:g}x")
+            reason = run.without_ours(group) if ours is None else unknown or run.missing(group, ours, "multiply_adds")
+            if reason:
                 rows.append((*head, "not measured", "-", reason))
                 continue
             floor, own = run.value(group, ours, "multiply_adds") / speed, run.value(group, ours)
-            met = _met(target if name == "floor, clock" else None, own / floor, at_most=True)
-            rows.append((*head, f"{own / floor:.2f}x", met, f"{ours}; {own * 1e3:.3g} / {floor * 1e3:.3g} ms"))
-    clock = "unknown" if rate is None else f"{a_cycle} a cycle ({capability}, two ports) x {hertz / 1e9:.2f} GHz x {threads} thread(s)"
+            met = _met(wanted, own / floor, at_most=True)
+            rows.append((*head, f"{own / floor:.2f}x", met, f"{ours}; {floor * 1e3:.3g} / {own * 1e3:.3g} ms"))
+    known = no_clock or f"{a_cycle} a cycle ({capability}, two ports) x {clock / 1e9:.2f} GHz (measured) x {threads} thread(s)"
     return rows, (
-        "An iteration is K v and K' u: 2 n m multiply-adds (4 n m floating-point operations).\n"
-        f"Clock: {clock}; the frequency is the one the system reports, without turbo.\n"
+        "An iteration is K v and K' u: 2 n m multiply-adds (4 n m floating-point operations); the floor with a backward is the forward's.\n"
+        f"Clock: {known}.\n"
         "Matmul rate: the multiply-adds a second of the 2048^3 product of this run."
     )
-
-
-def _hertz(cpu: dict) -> float | None:
-    for key in ("hz_actual", "hz_advertised"):
-        if cpu.get(key):
-            return float(cpu[key][0])
-    return None
 
 
 def calibration(run: Run) -> list[tuple[str, ...]]:
@@ -211,33 +225,52 @@ def calibration(run: Run) -> list[tuple[str, ...]]:
 
 
 def table(title: str, rows: list[tuple[str, ...]], say: Callable[[str], None]) -> None:
-    head = ("case", "against", "target", "measured", "met", "by; theirs / ours")
-    widths = [max(len(row[i]) for row in (head, *rows)) for i in range(5)]
+    widths = [max(len(row[i]) for row in (HEAD, *rows)) for i in range(5)]
     say(f"\n{title}")
-    for row in (head, tuple("-" * width for width in (*widths, 17)), *rows):
+    for row in (HEAD, tuple("-" * width for width in (*widths, 17)), *rows):
         say("  ".join([*(cell.ljust(width) for cell, width in zip(row, widths)), row[5]]).rstrip())
 
 
-def show(run: Run, say: Callable[[str], None] = print) -> None:
+def heading(run: Run) -> list[str]:
+    """What the numbers depend on, a line each."""
     env, load = run.environment, run.environment["load_average_at_start"]
     commit = (run.commit.get("id") or "no commit")[:12] + (" with uncommitted changes" if run.commit.get("dirty") else "")
-    say(f"helo-fast {env['helo_fast']} ({commit}), torch {env['torch']}, POT {env['pot']}, {env['threads']} thread(s)")
-    say(f"CPU: {run.machine.get('cpu', {}).get('brand_raw', 'unknown')}; {env['cpu']}. GPU: {env['gpu'] or 'none'}")
+    clock = hertz(run)
+    processor = run.machine.get("cpu", {}).get("brand_raw", "unknown") + (f" at {clock / 1e9:.1f} GHz" if clock else "")
+    lines = [
+        f"helo-fast {env['helo_fast']} ({commit}), torch {env['torch']}, POT {env['pot']}, {env['threads']} thread(s)",
+        f"CPU: {processor}; {env['cpu']}. GPU: {env['gpu'] or 'none'}",
+    ]
     if load is not None and load > BUSY * env["cpus"]:
-        say(f"The machine was busy before the run (load average {load:.1f} on {env['cpus']} CPUs): repeat it idle before quoting a ratio.")
+        lines.append(
+            f"The machine was busy before the run (load average {load:.1f} on {env['cpus']} CPUs): repeat it idle before quoting it."
+        )
+    return lines
+
+
+def tables(run: Run) -> list[tuple[str, list[tuple[str, ...]], str]]:
+    """(title, rows, note) of each."""
     speed = [row for row in CPU_ROWS if row.quantity == "time"]
     memory = [row for row in CPU_ROWS if row.quantity == "peak_bytes"]
     rows = [*(ratio(run, row) for row in speed), *(half_precision(run, *entry) for entry in HALF), dispatch(run), importing(run)]
-    table("Speed", rows, say)
-    floor_rows, assumption = floors(run)
-    table("Over the floor (at most)", floor_rows, say)
-    say(assumption)
-    table("Peak memory", [ratio(run, row) for row in memory], say)
-    table("Calibration", calibration(run), say)
-    if env["gpu"]:
-        table(f"On {env['gpu']}", [ratio(run, row) for row in CUDA_ROWS], say)
-    else:
-        say("\nGPU rows: not measured, no CUDA device is visible to torch.")
+    gpu = run.environment["gpu"]
+    on_gpu = [(f"On {gpu}", [ratio(run, row) for row in CUDA_ROWS], "")] if gpu else []
+    return [
+        ("Speed", rows, ""),
+        ("Over the floor (at most)", *floors(run)),
+        ("Peak memory", [ratio(run, row) for row in memory], ""),
+        ("Calibration", calibration(run), "" if gpu else "GPU rows: not measured, no CUDA device is visible to torch."),
+        *on_gpu,
+    ]
+
+
+def show(run: Run, say: Callable[[str], None] = print) -> None:
+    for line in heading(run):
+        say(line)
+    for title, rows, note in tables(run):
+        table(title, rows, say)
+        if note:
+            say(note)
 
 
 def main(arguments: list[str]) -> int:

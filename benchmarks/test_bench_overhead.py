@@ -1,4 +1,4 @@
-"""What a call costs before any kernel runs, and what importing the package costs."""
+"""What a call costs before any kernel runs, what importing the package costs, and the clock that floors are counted in."""
 
 from __future__ import annotations
 
@@ -14,10 +14,11 @@ import torch
 import helo_fast
 from helo_fast.testing import assert_close
 
-from . import harness
+from . import clock, harness
 
 IMPORT = "import time, torch; start = time.perf_counter(); import helo_fast; print(time.perf_counter() - start)"
 PROCESSES = 5
+BLOCKS = 250_000  # of additions: about a millisecond
 
 
 class Case(NamedTuple):
@@ -27,6 +28,7 @@ class Case(NamedTuple):
 
 DISPATCH = [(Case("dispatch sinkhorn B1 n4 1 iteration"), member) for member in (*harness.backends("cpu"), "torch add")]
 IMPORTS = [(Case("import helo_fast after torch"), "helo_fast")]
+CLOCK = [(Case("clock of a core"), "additions")]
 
 
 @pytest.mark.parametrize("case, member", DISPATCH, ids=harness.identify)
@@ -61,3 +63,16 @@ def test_import(bench, case, member):
     assert 0 < seconds.pop() < 60
     bench.benchmark.pedantic(run, rounds=PROCESSES, iterations=1)
     bench.note(backend=True, auto=member, import_seconds=seconds, import_median=statistics.median(seconds))
+
+
+@pytest.mark.parametrize("case, member", CLOCK, ids=harness.identify)
+def test_clock(bench, case, member):
+    if clock.compiler() is None:
+        pytest.skip("no C compiler: put cc on PATH or set CC")
+    additions = clock.additions()
+    x, y = 0, 1
+    for _ in range(3 * clock.ADDITIONS_A_BLOCK):
+        x, y = y, x + y
+    assert additions(3) == y % 2**64
+    bench.note(cycles=BLOCKS * clock.ADDITIONS_A_BLOCK)
+    bench.time(lambda: additions(BLOCKS))
