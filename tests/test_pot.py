@@ -149,6 +149,8 @@ def test_marginals_broadcast_and_numpy_views_are_read():
     a, b = a[0], b[:1]
     full = solve_batch(cost, 0.1, np.repeat(a[None], B, 0), np.repeat(b, B, 0))
     np.testing.assert_array_equal(solve_batch(cost, 0.1, a, b).plan, full.plan)
+    shared, theirs = both("solve_batch", cost[:1], 0.1, np.repeat(a[None], B, 0), problem()[2].numpy(), max_iter=9, tol=0)
+    assert_same(shared, theirs, **EXACT)
     views = [np.broadcast_to(t, (B, *t.shape[-1:])) for t in (a, b)]
     flipped = solve_batch(cost[:, ::-1], 0.1, views[0][:, ::-1], views[1])
     np.testing.assert_allclose(flipped.plan[:, ::-1], full.plan, atol=1e-12)

@@ -36,7 +36,8 @@ def solve_batch(
     min over T >= 0 of <T, M> + reg R(T), with T 1 = a and T' 1 = b; R is sum T log T ("entropy") or sum T log(T / (a b')) ("kl").
 
     Args:
-        M: ``[B, n, m]``, costs; NumPy arrays or tensors (float32, float64, float16; tensors also bfloat16; halves are solved in float32).
+        M: ``[B, n, m]`` or ``[1, n, m]``, costs; NumPy arrays or tensors, float32, float64 or float16 (tensors also bfloat16). Halves are
+            solved in float32.
         reg: strength of the regularisation, in units of M, above 0. POT's default, None, asks for its proximal method: see Raises.
         a: ``[B, n]``, ``[1, n]`` or ``[n]``, row marginal, non-negative; None is uniform.
         b: ``[B, m]``, ``[1, m]`` or ``[m]``, column marginal, of the same mass as ``a``; None is uniform.
@@ -67,6 +68,7 @@ def solve_batch(
         stops the whole batch at once, on the largest L2 distance, which L1 bounds from above; so a result here does not depend on its
         batch-mates and meets POT's tolerance. Rows and columns without mass hold zeros (POT: NaN in the "kl" value).
         Memory: O(B n m); "autodiff" adds O(B (n + m) max_iter) where POT adds O(B n m max_iter). Second derivatives are refused.
+        At tol > 0 log's "n_iter" waits for a GPU; nothing else does.
 
     Example:
         >>> import numpy as np
@@ -94,6 +96,8 @@ def solve_batch(
         raise ValueError(f"{_NAME}: M is empty, got {_checks.shape_text(M_)}; n and m must be at least 1")
     reg = _checks.positive(_NAME, "reg", reg, "it is in units of M")
     max_iter = _checks.at_least(_NAME, "max_iter", max_iter, 1)
+    if M_.shape[0] == 1:  # one cost for a batch of marginals
+        M_ = M_.expand(max([1, *(mass.shape[0] for mass in (a_, b_) if mass is not None and mass.dim() == 2)]), -1, -1)
     a_, b_ = _problem.marginals(_NAME, a_, b_, M_, *M_.shape[1:], dtype)
     limits = (b is None, max_iter, _problem.tolerance(_NAME, "tol", tol))
 
