@@ -9,6 +9,7 @@ import torch
 
 import helo_fast
 from helo_fast.pot import OTResult, solve_batch
+from helo_fast.testing import assert_close
 
 ot = pytest.importorskip("ot", reason="POT is not installed: pip install pot")
 batch = pytest.importorskip("ot.batch")
@@ -126,6 +127,17 @@ def test_kinds_and_dtypes_at_pots_defaults(kind, dtype):
     assert ours.log["converged"].all() and (ours.log["marginal_error"] <= 1e-5).all()
     error = np.linalg.norm(np.asarray(ours.marginal_a) - np.asarray(arrays[1]), axis=-1)
     assert (error <= 1e-5 + 1e-7).all()  # POT's own criterion
+
+
+@pytest.mark.parametrize("given", (True, False), ids=("marginals", "uniform"))
+@pytest.mark.parametrize("reg_type", ("entropy", "kl"))
+@pytest.mark.parametrize("reg", (1e-3, 1e-2, 1.0, 100.0))
+def test_float32_is_as_accurate_as_pots(reg, reg_type, given):
+    arguments, options = problem(given=given), {"max_iter": 100, "tol": 0, "reg_type": reg_type}
+    exact = batch.solve_batch(arguments[0], reg, *arguments[1:], **options)
+    ours, theirs = both("solve_batch", *(arguments[0].float(), reg), *(t if t is None else t.float() for t in arguments[1:]), **options)
+    for name in ("plan", "value", "value_linear"):
+        assert_close(getattr(ours, name), getattr(exact, name), getattr(theirs, name), what=name)
 
 
 @pytest.mark.parametrize("dtype", (torch.float16, torch.bfloat16))

@@ -107,8 +107,8 @@ def project(
     max_iter: int,
     tol: float | None,
     gradient: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, SinkhornResult]:
-    """(T, u, v, log b, result): T = exp(u_i + v_j - cost_ij / reg) with marginals a and b; result is sinkhorn's on the transpose.
+) -> tuple[Tensor, Tensor, Tensor, SinkhornResult]:
+    """(T, u, v, result): T = exp(u_i + v_j - cost_ij / reg) with marginals a and b; result is sinkhorn's on the transpose.
 
     POT starts at v = 0, updates u from v and then v from u. sinkhorn ends with its rows, so it gets the transposed problem; and it
     starts at f = 0, that is v = log b: b in the cost takes that away, but where b is uniform it is one constant, which no plan sees.
@@ -120,4 +120,4 @@ def project(
     u = result.g / reg + log_a
     if uniform:
         u = u + log_b[:, :1]
-    return result.plan.mT, u, result.f / reg, log_b, result
+    return result.plan.mT, u, result.f / reg, result

@@ -104,7 +104,8 @@ def solve_batch(
     if grad == "detach" or not torch.is_grad_enabled():
         M_, a_, b_ = M_.detach(), a_.detach(), b_.detach()
     solve = _last_step if grad == "last_step" else _envelope if grad in ("detach", "envelope") else _through
-    plan, u, v, value_linear, value, result = solve(M_, reg, a_, b_, limits, reg_type == "kl", grad)
+    plan, u, v, value_linear, entropy, result = solve(M_, reg, a_, b_, limits, grad)
+    value = value_linear + reg * (_divergence(plan, a_, b_) if reg_type == "kl" else entropy)
     if method == "sinkhorn":
         u, v = u.exp(), v.exp()
     log = {
@@ -122,48 +123,52 @@ def _last_index(result: SinkhornResult, max_iter: int, tol: float | None) -> int
     return int(result.n_iter.max()) - 1
 
 
-def _envelope(M: Tensor, reg: float, a: Tensor, b: Tensor, limits: tuple, kl: bool, grad: str) -> tuple:
-    """Gradients at fixed plan: of value_linear and value with respect to M, of KL's reference with respect to a and b."""
-    fixed_a, fixed_b = a.detach(), b.detach()
-    plan, u, v, log_b, result = _problem.project(M, reg, fixed_a, fixed_b, *limits, "envelope" if M.requires_grad else "none")
-    value_linear, entropy, rows = _values(plan, u, v, log_b, fixed_b, result, reg, limits[0])
-    value = value_linear + reg * entropy.detach()
-    return plan, u, v, value_linear, value - reg * _reference(rows, fixed_b, a, b) if kl else value, result
+# Each solver returns (plan, u, v, <T, M>, <T, log T>, sinkhorn's result).
 
 
-def _through(M: Tensor, reg: float, a: Tensor, b: Tensor, limits: tuple, kl: bool, grad: str) -> tuple:
+def _envelope(M: Tensor, reg: float, a: Tensor, b: Tensor, limits: tuple, grad: str) -> tuple:
+    """No gradient but that of <T, M> at fixed plan."""
+    a, b, fixed = a.detach(), b.detach(), M.detach()
+    if limits[0]:
+        plan, u, v, result = _problem.project(M, reg, a, b, *limits, "envelope" if M.requires_grad else "none")
+    else:
+        plan, u, v, result = _problem.project(fixed, reg, a, b, *limits, "none")
+    value_linear = _linear(plan, M, result, limits[0])
+    return plan, u, v, value_linear, _entropy(plan, u, v, b, value_linear.detach() / reg), result
+
+
+def _through(M: Tensor, reg: float, a: Tensor, b: Tensor, limits: tuple, grad: str) -> tuple:
     """Gradients of everything, by "autodiff" or "implicit"."""
     gradient = {"autodiff": "unrolled", "implicit": "implicit"}[grad] if _problem.wants_gradient(M, a, b) else "none"
-    plan, u, v, log_b, result = _problem.project(M, reg, a, b, *limits, gradient)
-    value_linear, entropy, rows = _values(plan, u, v, log_b, b, result, reg, limits[0])
-    value = value_linear + reg * entropy
-    return plan, u, v, value_linear, value - reg * _reference(rows, b, a, b) if kl else value, result
+    plan, u, v, result = _problem.project(M, reg, a, b, *limits, gradient)
+    value_linear = _linear(plan, M, result, limits[0])
+    return plan, u, v, value_linear, _entropy(plan, u, v, b, value_linear / reg), result
 
 
-def _values(
-    plan: Tensor, u: Tensor, v: Tensor, log_b: Tensor, b: Tensor, result: SinkhornResult, reg: float, uniform: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(<T, M>, <T, log T>, T 1). log T is u_i + v_j - M_ij / reg and T' 1 is b: no other array of the plan's size is needed."""
-    rows = plan.sum(-1)
-    value_linear = result.transport_cost if uniform else result.transport_cost - reg * _problem.dot(b, log_b)
-    return value_linear, _problem.dot(rows, u) + _problem.dot(b, v) - value_linear / reg, rows
-
-
-def _reference(rows: Tensor, columns: Tensor, a: Tensor, b: Tensor) -> Tensor:
-    """<T, log(a b')>: what "kl" takes from "entropy"."""
-    return _problem.dot(rows, _problem.log_mass(a)) + _problem.dot(columns, _problem.log_mass(b))
-
-
-def _last_step(M: Tensor, reg: float, a: Tensor, b: Tensor, limits: tuple, kl: bool, grad: str) -> tuple:
+def _last_step(M: Tensor, reg: float, a: Tensor, b: Tensor, limits: tuple, grad: str) -> tuple:
     """One more iteration, with gradients. As in POT, M is a constant in T = exp(u + v - M / reg) and before; a and b are not."""
     fixed = M.detach()
-    *_, v, _, result = _problem.project(fixed, reg, a, b, *limits, "unrolled" if _problem.wants_gradient(a, b) else "none")
+    *_, v, result = _problem.project(fixed, reg, a, b, *limits, "unrolled" if _problem.wants_gradient(a, b) else "none")
     K = -M / reg
     u = torch.where(a > 0, _problem.log_mass(a) - torch.logsumexp(K + v.unsqueeze(-2), -1), -math.inf)
     v = torch.where(b > 0, _problem.log_mass(b) - torch.logsumexp(K + u.unsqueeze(-1), -2), -math.inf)
     plan = (u.unsqueeze(-1) + v.unsqueeze(-2) - fixed / reg).exp()
-    rows, columns = plan.sum(-1), plan.sum(-2)
-    value_linear = (plan * M).sum((-2, -1))
-    entropy = _problem.dot(rows, u) + _problem.dot(columns, v) - (plan * fixed).sum((-2, -1)) / reg
-    value = value_linear + reg * entropy
-    return plan, u, v, value_linear, value - reg * _reference(rows, columns, a, b) if kl else value, result
+    entropy = _entropy(plan, u, v, plan.sum(-2), (plan * fixed).sum((-2, -1)) / reg)
+    return plan, u, v, (plan * M).sum((-2, -1)), entropy, result
+
+
+def _linear(plan: Tensor, M: Tensor, result: SinkhornResult, solved_as_given: bool) -> Tensor:
+    """<T, M>; what has no mass is not read."""
+    return result.transport_cost if solved_as_given else (plan * torch.where(plan > 0, M, 0)).sum((-2, -1))
+
+
+def _entropy(plan: Tensor, u: Tensor, v: Tensor, columns: Tensor, scaled_cost: Tensor) -> Tensor:
+    """<T, log T>, log T being u_i + v_j - M_ij / reg: no other array of the plan's size is needed."""
+    return _problem.dot(plan.sum(-1), u) + _problem.dot(columns, v) - scaled_cost
+
+
+def _divergence(plan: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    """<T, log(T / (a b'))>. By potentials, as above, a large reg would cost it its digits."""
+    product = a.unsqueeze(-1) * b.unsqueeze(-2)
+    ratio = plan / torch.where(product > 0, product, 1)
+    return (plan * torch.where(ratio > 0, ratio, 1).log()).sum((-2, -1))

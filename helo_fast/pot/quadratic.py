@@ -190,7 +190,7 @@ def _solve(
         if M is not None:
             G = G + (1 - alpha) * M
         cost = torch.where(inside, G - reg * log_T, 0)
-        T, u, v, *_ = _problem.project(cost, reg, a, b, *limits, "unrolled" if cost.requires_grad else "none")
+        T, u, v, _ = _problem.project(cost, reg, a, b, *limits, "unrolled" if cost.requires_grad else "none")
         log_T = torch.where(inside, u.unsqueeze(-1) + v.unsqueeze(-2) - cost / reg, 0)
         if tol is not None and T.numel() and bool((T - before).abs().mean((-2, -1)).max() < tol):
             return T, u, v, step
