@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from helo_fast.pot import solve_batch, solve_gromov_batch
+from helo_fast.testing import assert_close
 
 from .test_pot import EXACT, M_, B, N, assert_same, assert_same_gradients, both
 
@@ -81,6 +82,15 @@ def test_kinds_and_dtypes_at_pots_defaults(kind, dtype):
     assert type(ours.plan) is type(theirs.plan) and ours.plan.dtype == theirs.plan.dtype
     np.testing.assert_allclose(ours.plan, theirs.plan, atol=2e-3)  # 50 steps at a tenth of the entropy amplify the inner tolerance
     np.testing.assert_allclose(ours.value, theirs.value, atol=1e-4)
+
+
+@pytest.mark.parametrize("reg", (1e-2, 0.1, 10.0))
+def test_float32_is_as_accurate_as_pots(reg):
+    options = {"reg": reg, "max_iter": 5, "tol": 0, "max_iter_inner": 20, "tol_inner": 0}
+    exact = both("solve_gromov_batch", **spaces(), **options)[1]
+    ours, theirs = both("solve_gromov_batch", **spaces(torch.float32), **options)
+    for name in ("plan", "value", "value_quad"):
+        assert_close(getattr(ours, name), getattr(exact, name), getattr(theirs, name), what=name)
 
 
 def test_start_and_stop():
