@@ -2,15 +2,34 @@
 
 from __future__ import annotations
 
+import torch
+from torch import Tensor
+
 from ... import _registry
-from ..._registry import EAGER, Adapter
+from ..._registry import CPP, EAGER, Adapter
 from . import reference
+
+
+def _cpp(kernel: str):
+    def call(*arguments: object) -> tuple[Tensor, ...]:
+        contiguous = (value.contiguous() if isinstance(value, Tensor) else value for value in arguments)
+        return getattr(torch.ops.helo_fast_cpu, kernel)(*contiguous)
+
+    return call
+
+
+def _only_cpu(tensor: Tensor) -> str | None:
+    return None if tensor.device.type == "cpu" else f"it runs on cpu tensors, got {tensor.device.type}"
+
 
 # The backwards are a few batched products, which PyTorch runs on every device.
 _BACKWARDS = {"bwd": reference.bwd, "from_tokens_bwd": reference.from_tokens_bwd}
 
 _registry.register(
     "gromov",
-    (Adapter(EAGER, {"fwd": reference.fwd, "from_tokens_fwd": reference.from_tokens_fwd, **_BACKWARDS}),),
-    auto={"cpu": ("eager",), "cuda": ("eager",)},
+    (
+        Adapter(EAGER, {"fwd": reference.fwd, "from_tokens_fwd": reference.from_tokens_fwd, **_BACKWARDS}),
+        Adapter(CPP, {"fwd": _cpp("gromov_wasserstein_fwd"), "from_tokens_fwd": _cpp("gromov_from_tokens_fwd"), **_BACKWARDS}, _only_cpu),
+    ),
+    auto={"cpu": ("cpp", "eager"), "cuda": ("eager",)},
 )

@@ -1,0 +1,272 @@
+// The inner solver of gromov: IPOT or Sinkhorn on one linear cost, for one instruction set (see each_set.h).
+//
+// Given N = -cost / epsilon [n, m] and a start log u (of Sinkhorn, log (u / b)), step k is
+//     x = a / (P u), y = b / (P' x), where P = exp(k N) for IPOT and exp(N) for Sinkhorn; the plan is diag(x) P diag(y).
+// The next u is y for Sinkhorn, and y^2 / (y of the step before) for IPOT: y times what its usual form calls s.
+//
+// K_ij = P_ij exp(phi_i + psi_j) stands for P. phi and psi drift by f and g from step to step: a step of IPOT multiplies K by
+// A_ij = exp(N_ij + f_i + g_j), and no exponential is left in it. psi is log(y / b) and g its increment at the step that set them,
+// f makes the largest entry of each row of A 1: so the scalings that are left change little, K never grows, and an entry that
+// underflows stays below 1e-38 kRange^2 of a_i b_j. A step that meets a scaling outside [1 / kRange, kRange] is done again by
+// log-sum-exps, whose result sets phi, psi and g anew. The first step sets them too, where it can without.
+//
+// Padding: K and A are 0 there; b and the columns' scalings 1; a is 0 and the rows' sums 1. So nothing meets 0 / 0.
+#include "gromov_product.h"
+
+namespace {
+namespace HELO_FAST_SET {
+
+inline double larger(double x, double y) { return x > y ? x : y; }
+
+template <typename scalar>
+class PlanSolver {
+ public:
+  using V = Vectors<scalar>;
+  using full = typename V::full;
+  static constexpr scalar kRange = sizeof(scalar) == 4 ? 1e10 : 1e80;
+  static constexpr scalar kLarge = sizeof(scalar) == 4 ? 1e30 : 1e200;  // exp(-kLarge) is 0 in any company
+
+  PlanSolver(Arena& arena, int64_t n, int64_t m) {
+    const int64_t np = padded_rows(n), mp = padded<scalar>(m);
+    for (scalar** p : {&N_, &A_, &K_}) *p = arena.take<scalar>(np * mp);
+    for (scalar** p : {&a_, &z_, &row_sum_, &row_pad_}) *p = arena.take<scalar>(np);
+    for (scalar** p : {&b_, &u_, &next_u_, &col_sum_, &last_sum_, &first_sum_, &col_pad_, &top_}) *p = arena.take<scalar>(mp);
+    for (double** p : {&phi_, &alpha_}) *p = arena.take<double>(np);
+    for (double** p : {&psi_, &g_, &log_u_, &beta_, &log_top_, &total_}) *p = arena.take<double>(mp);
+  }
+
+  static double finite(double x) { return x < kLarge ? x : double(kLarge); }
+
+  // Before every problem: masses a of n rows and b of m columns, all above 0.
+  void start(const scalar* a, int64_t n, const scalar* b, int64_t m) {
+    n_ = n, m_ = m, np_ = padded_rows(n), mp_ = padded<scalar>(m);
+    for (int64_t i = 0; i < np_; ++i) a_[i] = i < n ? a[i] : 0, row_pad_[i] = i >= n;
+    for (int64_t j = 0; j < mp_; ++j) b_[j] = j < m ? b[j] : 1, col_pad_[j] = j >= m;
+    for (int64_t i = n * mp_; i < np_ * mp_; ++i) A_[i] = K_[i] = 0;
+    largest_b_ = 0;
+    for (int64_t j = 0; j < m; ++j) largest_b_ = b[j] > largest_b_ ? b[j] : largest_b_;
+  }
+
+  scalar* gain() { return N_; }                // [n, mp]: the caller writes what set() scales
+  scalar* scratch(int k) { return k ? A_ : K_; }  // [n, mp], the caller's from solve's end to set()
+
+  // N_ij = (weight gain_ij - cross_weight cross_ij) / epsilon less the maxima of its rows, then of its columns, which would cost it
+  // digits: a term of i alone does not change the plan, one of j alone goes to the start. That is -columns / epsilon besides.
+  void set(scalar weight, const scalar* cross, scalar cross_weight, const scalar* columns, scalar column_weight, double per_epsilon) {
+    const full lowest = full{} - kLarge;
+    for (int64_t j = 0; j < mp_; ++j) top_[j] = -kLarge;
+    for (int64_t i = 0; i < n_; ++i) {
+      scalar* N = N_ + i * mp_;
+      full most = lowest;
+      for (int64_t j = 0; j < mp_; j += V::lanes) {
+        full v = weight * load<full>(N + j) - kLarge * load<full>(col_pad_ + j);
+        if (cross) v -= cross_weight * load<full>(cross + i * mp_ + j);
+        most = v > most ? v : most;
+        store(N + j, v);
+      }
+      const scalar row_top = largest_lane<scalar>(most);
+      for (int64_t j = 0; j < mp_; j += V::lanes) {
+        const full v = load<full>(N + j) - row_top, top = load<full>(top_ + j);
+        store(N + j, v);
+        store(top_ + j, v > top ? v : top);
+      }
+    }
+    const scalar scale = scalar(per_epsilon);
+    for (int64_t i = 0; i < n_; ++i)
+      for (int64_t j = 0; j < mp_; j += V::lanes) {
+        const full v = (load<full>(N_ + i * mp_ + j) - load<full>(top_ + j)) * scale - kLarge * load<full>(col_pad_ + j);
+        store(N_ + i * mp_ + j, v > lowest ? v : lowest);
+      }
+    for (int64_t j = 0; j < m_; ++j) log_u_[j] = (double(top_[j]) - double(column_weight) * columns[j]) * per_epsilon;
+  }
+
+  // steps >= 1 of IPOT (powers) or of Sinkhorn.
+  void solve(int64_t steps, bool powers) {
+    first(steps, powers);
+    for (int64_t step = 2; step <= steps; ++step) {
+      const scalar* K = K_of_first_ ? A_ : K_;
+      const bool safe = (powers ? sweep<true>(K) : sweep<false>(K)) && advance(powers);
+      if (powers) K_of_first_ = false;
+      if (!safe) exact(step, powers);
+    }
+  }
+
+  // The plan [n, mp]; returns how far (L1) it is from what stood there.
+  double write(scalar* plan) {
+    const scalar* K = K_of_first_ ? A_ : K_;
+    for (int64_t j = 0; j < mp_; ++j) next_u_[j] = b_[j] / last_sum_[j];
+    full moved = {};
+    for (int64_t i = 0; i < n_; ++i)
+      for (int64_t j = 0; j < mp_; j += V::lanes) {
+        const full T = z_[i] * load<full>(K + i * mp_ + j) * load<full>(next_u_ + j), d = T - load<full>(plan + i * mp_ + j);
+        moved += d > 0 ? d : -d;
+        store(plan + i * mp_ + j, T);
+      }
+    return sum_lanes<scalar>(moved);
+  }
+
+ private:
+  // K *= A if powers (from is where K stands before); z = a / (K u), col_sum = K' z. False where a sum leaves the safe range.
+  template <bool powers>
+  bool sweep(const scalar* from) {
+    for (int64_t j = 0; j < mp_; ++j) col_sum_[j] = col_pad_[j];
+    for (int64_t i = 0; i < np_; i += 4) {
+      const scalar *source = from + i * mp_, *A = A_ + i * mp_;
+      scalar* K = powers ? K_ + i * mp_ : nullptr;
+      full sums[4] = {};
+      for (int64_t j = 0; j < mp_; j += V::lanes) {
+        const full u = load<full>(u_ + j);
+#pragma GCC unroll 4
+        for (int r = 0; r < 4; ++r) {
+          full v = load<full>(source + r * mp_ + j);
+          if (powers) {
+            v *= load<full>(A + r * mp_ + j);
+            store(K + r * mp_ + j, v);
+          }
+          sums[r] += v * u;
+        }
+      }
+      sum_four<scalar>(sums, row_sum_ + i);
+      for (int r = 0; r < 4; ++r) {
+        row_sum_[i + r] += row_pad_[i + r];
+        z_[i + r] = a_[i + r] / row_sum_[i + r];
+      }
+      const scalar *scaled = powers ? K : source, z[4] = {z_[i], z_[i + 1], z_[i + 2], z_[i + 3]};
+      for (int64_t j = 0; j < mp_; j += V::lanes) {
+        full sum = load<full>(col_sum_ + j);
+#pragma GCC unroll 4
+        for (int r = 0; r < 4; ++r) sum += z[r] * load<full>(scaled + r * mp_ + j);
+        store(col_sum_ + j, sum);
+      }
+    }
+    int unsafe = 0;  // NaN compares false: unsafe
+    for (int64_t i = 0; i < np_; ++i) unsafe |= !(row_sum_[i] > 1 / kRange) | !(row_sum_[i] < kRange);
+    return !unsafe;
+  }
+
+  // The next u from col_sum; false, and no change, where it or a scaling leaves the safe range.
+  bool advance(bool powers) {
+    int unsafe = 0;
+    for (int64_t j = 0; j < mp_; ++j) {
+      const scalar y = 1 / col_sum_[j], u = powers ? y * y * last_sum_[j] : y;
+      unsafe |= !(y > 1 / kRange) | !(y < kRange) | !(u > 1 / kRange) | !(u < kRange);
+      next_u_[j] = b_[j] * u;
+    }
+    if (unsafe) return false;
+    swap(u_, next_u_);
+    swap(last_sum_, col_sum_);
+    return true;
+  }
+
+  static void swap(scalar*& x, scalar*& y) {
+    scalar* z = x;
+    x = y;
+    y = z;
+  }
+
+  void first(int64_t steps, bool powers) {
+    double most = log_u_[0];
+    for (int64_t j = 1; j < m_; ++j) most = larger(most, log_u_[j]);
+    for (int64_t j = 0; j < mp_; ++j) next_u_[j] = j < m_ ? scalar(log_u_[j] - most) : 0;
+    for (int64_t i = 0; i < n_; ++i)
+      for (int64_t j = 0; j < mp_; ++j) A_[i * mp_ + j] = exp_vectorised(N_[i * mp_ + j] + next_u_[j]);
+    for (int64_t j = 0; j < mp_; ++j) u_[j] = powers ? 1 : b_[j];
+    if (!sweep<false>(A_) || !advance(false)) return exact(1, powers);
+    K_of_first_ = psi_of_first_ = true;
+    for (int64_t j = 0; j < mp_; ++j) first_sum_[j] = last_sum_[j];
+    if (!powers || steps == 1) return;
+    // exp(N + f + g) with g = psi: K itself, but for a factor of its row, which makes no difference.
+    for (int64_t j = 0; j < mp_; ++j) next_u_[j] = 1 / last_sum_[j];
+    for (int64_t i = 0; i < n_; ++i) {
+      full most_of_row = {};
+      for (int64_t j = 0; j < mp_; j += V::lanes) {
+        const full v = load<full>(A_ + i * mp_ + j) * load<full>(next_u_ + j);
+        most_of_row = v > most_of_row ? v : most_of_row;
+        store(A_ + i * mp_ + j, v);
+      }
+      const scalar scale = 1 / largest_lane<scalar>(most_of_row);
+      for (int64_t j = 0; j < mp_; j += V::lanes) store(A_ + i * mp_ + j, scale * load<full>(A_ + i * mp_ + j));
+    }
+    start_from_b();
+  }
+
+  // After the first step: y^2 / 1, where psi + g is 2 log(y / b): one b is left over, here of size 1 at most.
+  void start_from_b() {
+    for (int64_t j = 0; j < mp_; ++j) u_[j] = b_[j] * (j < m_ ? b_[j] / largest_b_ : 1), last_sum_[j] = 1;
+  }
+
+  // Step `step` by log-sum-exps; sets phi, psi, g, K and A from it.
+  void exact(int64_t step, bool powers) {
+    const double power = powers ? step : 1;
+    find_logarithms(step, powers);
+    for (int64_t i = 0; i < n_; ++i) {
+      const scalar* N = N_ + i * mp_;
+      double most = -HUGE_VAL, total = 0;
+      for (int64_t j = 0; j < m_; ++j) most = larger(most, power * N[j] + log_u_[j]);
+      for (int64_t j = 0; j < m_; ++j) total += exp_vectorised(scalar(power * N[j] + log_u_[j] - most));
+      phi_[i] = -(most + std::log(total));
+      alpha_[i] = phi_[i] + std::log(double(a_[i]));
+      z_[i] = a_[i];
+    }
+    for (int64_t j = 0; j < m_; ++j) log_top_[j] = -HUGE_VAL, total_[j] = 0;
+    for (int64_t i = 0; i < n_; ++i)
+      for (int64_t j = 0; j < m_; ++j) log_top_[j] = larger(log_top_[j], power * N_[i * mp_ + j] + alpha_[i]);
+    for (int64_t i = 0; i < n_; ++i)
+      for (int64_t j = 0; j < m_; ++j) total_[j] += exp_vectorised(scalar(power * N_[i * mp_ + j] + alpha_[i] - log_top_[j]));
+    for (int64_t j = 0; j < m_; ++j) {
+      psi_[j] = -(log_top_[j] + std::log(total_[j]));
+      g_[j] = powers ? psi_[j] - beta_[j] : 0;
+    }
+    for (int64_t i = 0; i < n_; ++i) {
+      scalar *K = K_ + i * mp_, *A = A_ + i * mp_;
+      const scalar* N = N_ + i * mp_;
+      for (int64_t j = 0; j < mp_; ++j) K[j] = A[j] = 0;
+      for (int64_t j = 0; j < m_; ++j) {  // above 80 for masses below 1e-34 alone
+        const double v = power * N[j] + phi_[i] + psi_[j];
+        K[j] = exp_vectorised(scalar(v < 80 ? v : 80));
+      }
+      if (!powers) continue;
+      double most = -HUGE_VAL;
+      for (int64_t j = 0; j < m_; ++j) most = larger(most, N[j] + g_[j]);
+      for (int64_t j = 0; j < m_; ++j) A[j] = exp_vectorised(scalar(N[j] + g_[j] - most));
+    }
+    base_ = step;
+    K_of_first_ = psi_of_first_ = false;
+    for (int64_t j = 0; j < mp_; ++j) u_[j] = b_[j], last_sum_[j] = 1;
+    if (powers && step == 1) start_from_b();
+  }
+
+  // log u of this step and beta, which is log(y / b) of the step before (of the first: the start y = 1 counts as b, and
+  // start_from_b makes up for it).
+  void find_logarithms(int64_t step, bool powers) {
+    if (step == 1) {
+      for (int64_t j = 0; j < m_; ++j) log_u_[j] += powers ? 0 : std::log(double(b_[j])), beta_[j] = 0;
+      return;
+    }
+    if (psi_of_first_) {
+      for (int64_t j = 0; j < m_; ++j) {
+        psi_[j] = log_u_[j] - (powers ? std::log(double(first_sum_[j])) : 0);
+        g_[j] = powers ? psi_[j] : 0;
+      }
+      base_ = 1;
+    }
+    for (int64_t j = 0; j < m_; ++j) {
+      log_u_[j] = psi_[j] + (step - base_) * g_[j] + std::log(double(u_[j]));
+      beta_[j] = psi_[j] + (step - 1 - base_) * g_[j] - std::log(double(last_sum_[j]));
+    }
+  }
+
+  int64_t n_ = 0, m_ = 0, np_ = 0, mp_ = 0;  // padded
+  int64_t base_ = 1;                         // the step of psi and g
+  bool K_of_first_ = false;                  // K stands in A
+  bool psi_of_first_ = false;                // psi and g are not computed yet: log_u - log first_sum
+  scalar largest_b_ = 0;
+  scalar *N_, *A_, *K_;                                                        // [np, mp]
+  scalar *a_, *z_, *row_sum_, *row_pad_;                                       // [np]
+  scalar *b_, *u_, *next_u_, *col_sum_, *last_sum_, *first_sum_, *col_pad_, *top_;  // [mp]; sums K' z of this step, the last, the first
+  double *phi_, *alpha_;                                                       // [n]
+  double *psi_, *g_, *log_u_, *beta_, *log_top_, *total_;                      // [m]
+};
+
+}  // namespace HELO_FAST_SET
+}  // namespace
