@@ -84,8 +84,7 @@ class PlanSolver {
   void solve(int64_t steps, bool powers) {
     first(steps, powers);
     for (int64_t step = 2; step <= steps; ++step) {
-      const scalar* K = K_of_first_ ? A_ : K_;
-      const bool safe = (powers ? sweep<true>(K) : sweep<false>(K)) && advance(powers);
+      const bool safe = sweep(powers) && advance(powers);
       if (powers) K_of_first_ = false;
       if (!safe) exact(step, powers);
     }
@@ -106,53 +105,95 @@ class PlanSolver {
   }
 
  private:
-  // K *= A if powers (from is where K stands before); z = a / (K u), col_sum = K' z. False where a sum leaves the safe range.
-  template <bool powers>
-  bool sweep(const scalar* from) {
-    for (int64_t j = 0; j < mp_; ++j) col_sum_[j] = col_pad_[j];
-    for (int64_t i = 0; i < np_; i += 4) {
-      const scalar *source = from + i * mp_, *A = A_ + i * mp_;
-      scalar* K = powers ? K_ + i * mp_ : nullptr;
-      full sums[4] = {};
-      for (int64_t j = 0; j < mp_; j += V::lanes) {
-        const full u = load<full>(u_ + j);
-#pragma GCC unroll 4
-        for (int r = 0; r < 4; ++r) {
-          full v = load<full>(source + r * mp_ + j);
-          if (powers) {
-            v *= load<full>(A + r * mp_ + j);
-            store(K + r * mp_ + j, v);
-          }
-          sums[r] += v * u;
-        }
-      }
-      sum_four<scalar>(sums, row_sum_ + i);
-      for (int r = 0; r < 4; ++r) {
-        row_sum_[i + r] += row_pad_[i + r];
-        z_[i + r] = a_[i + r] / row_sum_[i + r];
-      }
-      const scalar *scaled = powers ? K : source, z[4] = {z_[i], z_[i + 1], z_[i + 2], z_[i + 3]};
-      for (int64_t j = 0; j < mp_; j += V::lanes) {
-        full sum = load<full>(col_sum_ + j);
-#pragma GCC unroll 4
-        for (int r = 0; r < 4; ++r) sum += z[r] * load<full>(scaled + r * mp_ + j);
-        store(col_sum_ + j, sum);
-      }
+  bool sweep(bool powers) {
+    const scalar* K = K_of_first_ ? A_ : K_;
+    switch (mp_ / V::lanes) {
+      case 1: return powers ? sweep<true, 1>(K) : sweep<false, 1>(K);
+      case 2: return powers ? sweep<true, 2>(K) : sweep<false, 2>(K);
+      case 3: return powers ? sweep<true, 3>(K) : sweep<false, 3>(K);
+      case 4: return powers ? sweep<true, 4>(K) : sweep<false, 4>(K);
+      default: return powers ? sweep<true, 0>(K) : sweep<false, 0>(K);
     }
-    int unsafe = 0;  // NaN compares false: unsafe
-    for (int64_t i = 0; i < np_; ++i) unsafe |= !(row_sum_[i] > 1 / kRange) | !(row_sum_[i] < kRange);
-    return !unsafe;
   }
 
-  // The next u from col_sum; false, and no change, where it or a scaling leaves the safe range.
-  bool advance(bool powers) {
-    int unsafe = 0;
-    for (int64_t j = 0; j < mp_; ++j) {
-      const scalar y = 1 / col_sum_[j], u = powers ? y * y * last_sum_[j] : y;
-      unsafe |= !(y > 1 / kRange) | !(y < kRange) | !(u > 1 / kRange) | !(u < kRange);
-      next_u_[j] = b_[j] * u;
+  // K *= A if powers (from is where K stands before); z = a / (K u), col_sum = K' z. False where a sum leaves the safe range.
+  // Four rows at a time: while they are in cache, once for their sums and once for the columns'. Up to four vectors of columns
+  // stay in registers (vectors > 0).
+  template <bool powers, int vectors>
+  bool sweep(const scalar* from) {
+    using four = typename Pack<scalar, 4>::type;
+    constexpr int lanes = V::lanes;
+    const int64_t rows = np_, mp = vectors ? vectors * lanes : mp_;
+    const scalar *A = A_, *u = u_, *a = a_, *pad = row_pad_;
+    scalar *K = K_, *z = z_, *columns = col_sum_;
+    full even[vectors ? vectors : 1], odd[vectors ? vectors : 1] = {};
+    if (vectors)
+      for (int v = 0; v < vectors; ++v) even[v] = load<full>(col_pad_ + v * lanes);
+    else
+      for (int64_t j = 0; j < mp; ++j) columns[j] = col_pad_[j];
+    auto safe = four{} == four{};
+    for (int64_t i = 0; i < rows; i += 4, from += 4 * mp, A += 4 * mp, K += 4 * mp) {
+      full sums[4] = {};
+#pragma GCC unroll 4
+      for (int64_t j = 0; j < mp; j += lanes) {
+        const full weight = load<full>(u + j);
+#pragma GCC unroll 4
+        for (int r = 0; r < 4; ++r) {
+          full v = load<full>(from + r * mp + j);
+          if (powers) {
+            v *= load<full>(A + r * mp + j);
+            store(K + r * mp + j, v);
+          }
+          sums[r] += v * weight;
+        }
+      }
+      scalar scale[4];
+      sum_four<scalar>(sums, scale);
+      four sum, top, extra;
+      std::memcpy(&sum, scale, sizeof sum);
+      std::memcpy(&top, a + i, sizeof top);
+      std::memcpy(&extra, pad + i, sizeof extra);
+      sum += extra;
+      safe &= (sum > 1 / kRange) & (sum < kRange);
+      top /= sum;
+      std::memcpy(scale, &top, sizeof top);
+      std::memcpy(z + i, &top, sizeof top);
+      const scalar* scaled = powers ? K : from;
+#pragma GCC unroll 4
+      for (int64_t j = 0; j < mp; j += lanes) {
+        const full first = scale[0] * load<full>(scaled + j) + scale[1] * load<full>(scaled + mp + j);
+        const full second = scale[2] * load<full>(scaled + 2 * mp + j) + scale[3] * load<full>(scaled + 3 * mp + j);
+        if (vectors) {
+          even[j / lanes] += first;
+          odd[j / lanes] += second;
+        } else {
+          store(columns + j, load<full>(columns + j) + first + second);
+        }
+      }
     }
-    if (unsafe) return false;
+    for (int v = 0; v < vectors; ++v) store(columns + v * lanes, even[v] + odd[v]);
+    return all(safe);
+  }
+
+  template <typename mask>
+  static bool all(const mask& lanes) {
+    for (int64_t k = 0; k < int64_t(sizeof lanes / sizeof(scalar)); ++k)
+      if (!lanes[k]) return false;
+    return true;
+  }
+
+  // The next u from col_sum; false, and no change, where it or a scaling leaves the safe range (or is NaN).
+  bool advance(bool powers) {
+    const scalar *sums = col_sum_, *last = last_sum_, *b = b_;
+    scalar* next = next_u_;
+    const full low = full{} + 1 / kRange, high = full{} + kRange;
+    auto safe = low < high;
+    for (int64_t j = 0; j < mp_; j += V::lanes) {
+      const full y = 1 / load<full>(sums + j), u = powers ? y * y * load<full>(last + j) : y;
+      safe &= (y > low) & (y < high) & (u > low) & (u < high);
+      store(next + j, load<full>(b + j) * u);
+    }
+    if (!all(safe)) return false;
     swap(u_, next_u_);
     swap(last_sum_, col_sum_);
     return true;
@@ -171,8 +212,8 @@ class PlanSolver {
     for (int64_t i = 0; i < n_; ++i)
       for (int64_t j = 0; j < mp_; ++j) A_[i * mp_ + j] = exp_vectorised(N_[i * mp_ + j] + next_u_[j]);
     for (int64_t j = 0; j < mp_; ++j) u_[j] = powers ? 1 : b_[j];
-    if (!sweep<false>(A_) || !advance(false)) return exact(1, powers);
     K_of_first_ = psi_of_first_ = true;
+    if (!sweep(false) || !advance(false)) return exact(1, powers);
     for (int64_t j = 0; j < mp_; ++j) first_sum_[j] = last_sum_[j];
     if (!powers || steps == 1) return;
     // exp(N + f + g) with g = psi: K itself, but for a factor of its row, which makes no difference.
