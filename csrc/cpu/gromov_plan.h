@@ -43,8 +43,13 @@ class PlanSolver {
     for (int64_t i = 0; i < np_; ++i) a_[i] = i < n ? a[i] : 0, row_pad_[i] = i >= n;
     for (int64_t j = 0; j < mp_; ++j) b_[j] = j < m ? b[j] : 1, col_pad_[j] = j >= m;
     for (int64_t i = n * mp_; i < np_ * mp_; ++i) A_[i] = K_[i] = 0;
-    largest_b_ = 0;
-    for (int64_t j = 0; j < m; ++j) largest_b_ = b[j] > largest_b_ ? b[j] : largest_b_;
+    scalar smallest = b[0];
+    largest_b_ = b[0];
+    for (int64_t j = 1; j < m; ++j) {
+      largest_b_ = b[j] > largest_b_ ? b[j] : largest_b_;
+      smallest = b[j] < smallest ? b[j] : smallest;
+    }
+    uneven_b_ = smallest < largest_b_ / kRange;
   }
 
   scalar* gain() { return N_; }                // [n, mp]: the caller writes what set() scales
@@ -84,7 +89,7 @@ class PlanSolver {
   void solve(int64_t steps, bool powers) {
     first(steps, powers);
     for (int64_t step = 2; step <= steps; ++step) {
-      const bool safe = sweep(powers) && advance(powers);
+      const bool safe = !(powers && step == 2 && uneven_b_) && sweep(powers) && advance(powers);
       if (powers) K_of_first_ = false;
       if (!safe) exact(step, powers);
     }
@@ -247,13 +252,19 @@ class PlanSolver {
       for (int64_t j = 0; j < m_; ++j) total += exp_vectorised(scalar(power * N[j] + log_u_[j] - most));
       phi_[i] = -(most + std::log(total));
       alpha_[i] = phi_[i] + std::log(double(a_[i]));
-      z_[i] = a_[i];
+      z_[i] = a_[i] > 1 / kLarge ? a_[i] : 1 / kLarge;
     }
     for (int64_t j = 0; j < m_; ++j) log_top_[j] = -HUGE_VAL, total_[j] = 0;
     for (int64_t i = 0; i < n_; ++i)
       for (int64_t j = 0; j < m_; ++j) log_top_[j] = larger(log_top_[j], power * N_[i * mp_ + j] + alpha_[i]);
-    for (int64_t i = 0; i < n_; ++i)
-      for (int64_t j = 0; j < m_; ++j) total_[j] += exp_vectorised(scalar(power * N_[i * mp_ + j] + alpha_[i] - log_top_[j]));
+    for (int64_t i = 0; i < n_; ++i) {
+      const scalar* N = N_ + i * mp_;
+      scalar* K = K_ + i * mp_;
+      for (int64_t j = 0; j < m_; ++j) {
+        K[j] = exp_vectorised(scalar(power * N[j] + alpha_[i] - log_top_[j]));
+        total_[j] += K[j];
+      }
+    }
     for (int64_t j = 0; j < m_; ++j) {
       psi_[j] = -(log_top_[j] + std::log(total_[j]));
       g_[j] = powers ? psi_[j] - beta_[j] : 0;
@@ -261,11 +272,8 @@ class PlanSolver {
     for (int64_t i = 0; i < n_; ++i) {
       scalar *K = K_ + i * mp_, *A = A_ + i * mp_;
       const scalar* N = N_ + i * mp_;
-      for (int64_t j = 0; j < mp_; ++j) K[j] = A[j] = 0;
-      for (int64_t j = 0; j < m_; ++j) {  // above 80 for masses below 1e-34 alone
-        const double v = power * N[j] + phi_[i] + psi_[j];
-        K[j] = exp_vectorised(scalar(v < 80 ? v : 80));
-      }
+      for (int64_t j = 0; j < m_; ++j) K[j] /= scalar(z_[i] * total_[j]);
+      for (int64_t j = m_; j < mp_; ++j) K[j] = A[j] = 0;
       if (!powers) continue;
       double most = -HUGE_VAL;
       for (int64_t j = 0; j < m_; ++j) most = larger(most, N[j] + g_[j]);
@@ -292,7 +300,8 @@ class PlanSolver {
       base_ = 1;
     }
     for (int64_t j = 0; j < m_; ++j) {
-      log_u_[j] = psi_[j] + (step - base_) * g_[j] + std::log(double(u_[j]));
+      const double log_u = powers && step == 2 ? 2 * std::log(double(b_[j])) : std::log(u_[j] + 1e-300);
+      log_u_[j] = psi_[j] + (step - base_) * g_[j] + log_u;
       beta_[j] = psi_[j] + (step - 1 - base_) * g_[j] - std::log(double(last_sum_[j]));
     }
   }
@@ -301,6 +310,7 @@ class PlanSolver {
   int64_t base_ = 1;                         // the step of psi and g
   bool K_of_first_ = false;                  // K stands in A
   bool psi_of_first_ = false;                // psi and g are not computed yet: log_u - log first_sum
+  bool uneven_b_ = false;                    // b spans more than the safe range
   scalar largest_b_ = 0;
   scalar *N_, *A_, *K_;                                                        // [np, mp]
   scalar *a_, *z_, *row_sum_, *row_pad_;                                       // [np]
