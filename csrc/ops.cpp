@@ -30,6 +30,12 @@ STABLE_TORCH_LIBRARY(helo_fast_cpu, m) {
       "gromov_from_tokens_fwd(Tensor x, Tensor y, Tensor a, Tensor b, Tensor? cost_xy, float threshold, bool over_batch, float alpha, "
       "str method, float epsilon, int outer_iter, int inner_iter, float? tol) "
       "-> (Tensor plan, Tensor gw_cost, Tensor marginal_error, Tensor n_iter, Tensor converged)");
+  m.def(
+      "gromov_wasserstein_bwd(Tensor cost_x, Tensor cost_y, Tensor plan, Tensor grad_cost, float alpha, bool fused) "
+      "-> (Tensor, Tensor, Tensor)");
+  m.def(
+      "gromov_from_tokens_bwd(Tensor x, Tensor y, Tensor a, Tensor b, Tensor plan, Tensor grad_cost, float threshold, bool over_batch, "
+      "float alpha, bool cross_given) -> (Tensor, Tensor, Tensor)");
   m.def("cpu_capability() -> str");
 }
 

@@ -10,6 +10,7 @@ import pytest
 from helo_fast import _native
 
 SETS = ("baseline", "avx2", "avx512")
+TESTS = ("test_sinkhorn.py", "test_gromov.py", "test_gromov_kernels.py")
 
 
 def run(*arguments, capability):
@@ -30,8 +31,8 @@ def test_each_instruction_set(capability):
     if "this processor has at most" in asked.stderr:
         pytest.skip(f"this processor lacks {capability}")
     assert asked.stdout.strip() == capability, asked.stderr
-    tests = str(Path(__file__).with_name("test_sinkhorn.py"))
-    done = run("-m", "pytest", tests, "-q", "-p", "no:cacheprovider", "-k", "cpp", "--require-backend", "cpp", capability=capability)
+    tests = [str(Path(__file__).with_name(name)) for name in TESTS]
+    done = run("-m", "pytest", *tests, "-q", "-p", "no:cacheprovider", "-k", "cpp", "--require-backend", "cpp", capability=capability)
     assert done.returncode == 0 and " passed" in done.stdout, done.stdout[-3000:]
 
 

@@ -9,7 +9,7 @@ import torch
 import helo_fast
 from helo_fast import _registry, gromov_from_tokens, gromov_wasserstein
 
-SOLVER = (1.0, "proximal", 0.2, 2, 3, None, "eager")
+SOLVER = ("proximal", 0.2, 2, 3, None)
 
 
 def random(*shape, seed=0):
@@ -24,18 +24,20 @@ def test_second_derivatives_are_refused():
             gradient.sum().backward()
 
 
+@pytest.mark.parametrize("backend", ("eager", "cpp"))
 @pytest.mark.parametrize("fused", (False, True))
-def test_opcheck(fused):
+def test_opcheck(device_for, backend, fused):
+    device_for("gromov", backend)
     ops = torch.ops.helo_fast
     C, D, M, x, y = (random(2, *s, seed=i).requires_grad_() for i, s in enumerate(((4, 4), (3, 3), (4, 3), (4, 6), (3, 6))))
     a, b, plan, grad = torch.full((2, 4), 0.25).double(), torch.full((3,), 1 / 3).double().expand(2, 3), random(2, 4, 3) / 12, random(2)
     M = M if fused else None
-    solver = (0.6 if fused else 1.0, *SOLVER[1:])
+    solver = (0.6 if fused else 1.0, *SOLVER, backend)
     torch.library.opcheck(ops.gromov_wasserstein_fwd.default, (C, D, a, b, M, *solver))
     torch.library.opcheck(ops.gromov_from_tokens_fwd.default, (x, y, a, b, M, 0.1, fused, *solver))
     C, D, x, y = (t.detach() for t in (C, D, x, y))
-    torch.library.opcheck(ops.gromov_wasserstein_bwd.default, (C, D, plan, grad, 0.6, fused, "eager"))
-    torch.library.opcheck(ops.gromov_from_tokens_bwd.default, (x, y, a, b, plan, grad, 0.1, True, 0.6, fused, "eager"))
+    torch.library.opcheck(ops.gromov_wasserstein_bwd.default, (C, D, plan, grad, 0.6, fused, backend))
+    torch.library.opcheck(ops.gromov_from_tokens_bwd.default, (x, y, a, b, plan, grad, 0.1, True, 0.6, fused, backend))
 
 
 @pytest.mark.parametrize("function", (gromov_wasserstein, gromov_from_tokens))

@@ -78,7 +78,11 @@ def test_every_vector_length(backend, method, dtype):
 
 @pytest.mark.parametrize("method", ("proximal", "entropic"))
 def test_large(backend, method):
-    check(gromov_from_tokens, backend, {"x": random(1, 620, 40) - 0.5, "y": random(1, 300, 40, seed=1) - 0.5, "method": method, "outer_iter": 2})
+    check(
+        gromov_from_tokens,
+        backend,
+        {"x": random(1, 620, 40) - 0.5, "y": random(1, 300, 40, seed=1) - 0.5, "method": method, "outer_iter": 2},
+    )
 
 
 @pytest.mark.parametrize("method", ("proximal", "entropic"))
@@ -112,6 +116,31 @@ def test_extremes_are_finite(backend, method, dtype):
     nothing = gromov_wasserstein(C, D, torch.zeros(7, dtype=dtype), torch.zeros(5, dtype=dtype), method=method, tol=1e-3, backend=backend)
     expected = gromov_wasserstein(C, D, torch.zeros(7, dtype=dtype), torch.zeros(5, dtype=dtype), method=method, tol=1e-3, backend="eager")
     assert all(torch.equal(got, want) for got, want in zip(nothing, expected))
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.float64), ids=str)
+@pytest.mark.parametrize("empty", (False, True))
+def test_gradients(backend, empty, dtype):
+    """Of costs and of tokens, over every vector length; the plan is eager's, so that the derivatives alone differ."""
+    ops, weight = torch.ops.helo_fast, random(3, seed=9)
+    for n, m, width in ((1, 1, 1), (2, 5, 3), (7, 4, 16), (17, 33, 40), (36, 36, 128), (65, 12, 5)):
+        a, b = masses(3, n, 1, empty), masses(3, m, 2, empty)
+        C, D, M, plan = random(3, n, n), random(3, m, m, seed=1), random(3, n, m, seed=2), a.unsqueeze(-1) * b.unsqueeze(-2)
+        plan = plan * (0.5 + M)
+        x, y = random(3, n, width, seed=3) - 0.4, random(3, m, width, seed=4) - 0.4
+        if n > 2 and not empty:
+            x[0, 1] = 0  # of norm 0
+        if empty:
+            C[0, 0] = D[0, :, 0] = x[0, 0] = math.nan  # without mass, never read
+        calls = [(ops.gromov_wasserstein_bwd, (C, D, plan, weight, alpha, fused)) for alpha, fused in ((1.0, False), (0.3, True))]
+        for over, alpha, given in itertools.product((False, True), (1.0, 0.3), (False, True)):
+            calls.append((ops.gromov_from_tokens_bwd, (x, y, a, b, plan, weight, 0.3, over, alpha, given)))
+        for op, arguments in calls:
+            cast = tuple(v.to(dtype) if isinstance(v, torch.Tensor) else v for v in arguments)
+            exact = op(*(v.double() if isinstance(v, torch.Tensor) else v for v in cast), "eager")
+            for actual, wanted, eager in zip(op(*cast, backend), exact, op(*cast, "eager")):
+                assert_close(actual, wanted, eager, f"{op} {n} {m}")
+                assert dtype == torch.float32 or torch.allclose(actual, wanted, rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize("over", ("sample", "batch"))

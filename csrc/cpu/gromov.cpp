@@ -1,5 +1,5 @@
 // Gromov-Wasserstein on the CPU, the torch side: allocates, picks the instruction set, spreads problems over threads.
-// The algorithm stands in gromov_solver.h and gromov_plan.h.
+// The algorithms stand in gromov_solver.h, gromov_plan.h and gromov_backward.h.
 
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
@@ -22,7 +22,7 @@
 #include "gromov_problem.h"
 #include "problems.h"
 
-#define HELO_FAST_KERNEL "gromov_solver.h"
+#define HELO_FAST_KERNEL "gromov_backward.h"
 #include "each_set.h"
 
 using torch::headeronly::ScalarType;
@@ -147,9 +147,71 @@ Results gromov_from_tokens_fwd(
   });
 }
 
+using Gradients = std::tuple<Tensor, Tensor, Tensor>;
+
+template <typename scalar>
+Gradients differentiate_all(
+    GromovSpaces<scalar> spaces, const Tensor& x, const Tensor& y, const Tensor& plan, const Tensor& grad_cost, bool over_batch, bool fused,
+    bool cross) {
+  const int64_t batch = plan.size(0);
+  Tensor d_x = torch::stable::empty_like(x), d_y = torch::stable::empty_like(y);
+  Tensor d_xy = cross ? torch::stable::empty_like(plan) : torch::stable::new_empty(plan, {0});
+  if (batch > 0) {
+    GromovGradients<scalar> g{
+        spaces, in<scalar>(plan), in<scalar>(grad_cost), out<scalar>(d_x), out<scalar>(d_y), cross ? out<scalar>(d_xy) : nullptr, nullptr,
+        fused};
+    const auto& kernel = kernels<scalar>();
+    const int64_t bytes = kernel.differentiate_bytes(g), work = 4 * work_of(spaces);
+    std::vector<scalar> ends;
+    double of_ends[4];
+    if (over_batch) {  // the threshold's gradient is the batch's: a pass of its own adds it up, in the order of the problems
+      ends = extremes_of_batch(spaces, batch);
+      g.spaces.extremes = ends.data();
+      std::vector<double> each(6 * batch);
+      for_each_problem(batch, work, bytes, [&](int64_t begin, int64_t end, auto* scratch) {
+        kernel.add_up(g, each.data(), begin, end, scratch);
+      });
+      double sums[6] = {};
+      for (int64_t k = 0; k < 6 * batch; ++k) sums[k % 6] += each[k];
+      for (int side = 0; side < 2; ++side) {
+        of_ends[2 * side] = (1 - spaces.threshold) * sums[3 * side] / std::max(sums[3 * side + 1], 1.0);
+        of_ends[2 * side + 1] = spaces.threshold * sums[3 * side] / std::max(sums[3 * side + 2], 1.0);
+      }
+      g.threshold_gradients = of_ends;
+    }
+    for_each_problem(batch, work, bytes, [&](int64_t begin, int64_t end, auto* scratch) { kernel.differentiate(g, begin, end, scratch); });
+  }
+  return {d_x, d_y, d_xy};
+}
+
+Gradients gromov_wasserstein_bwd(
+    const Tensor& cost_x, const Tensor& cost_y, const Tensor& plan, const Tensor& grad_cost, double alpha, bool fused) {
+  return with_scalar(plan, [&](auto zero) {
+    using scalar = decltype(zero);
+    const GromovSpaces<scalar> spaces{
+        in<scalar>(cost_x), in<scalar>(cost_y), nullptr, nullptr, nullptr, nullptr, nullptr, nullptr, plan.size(1), plan.size(2), 0, alpha,
+        0};
+    return differentiate_all<scalar>(spaces, cost_x, cost_y, plan, grad_cost, false, fused, fused);
+  });
+}
+
+Gradients gromov_from_tokens_bwd(
+    const Tensor& x, const Tensor& y, const Tensor& a, const Tensor& b, const Tensor& plan, const Tensor& grad_cost, double threshold,
+    bool over_batch, double alpha, bool cross_given) {
+  return with_scalar(plan, [&](auto zero) {
+    using scalar = decltype(zero);
+    const GromovSpaces<scalar> spaces{
+        nullptr, nullptr, in<scalar>(x), in<scalar>(y), nullptr, in<scalar>(a), in<scalar>(b), nullptr, plan.size(1), plan.size(2),
+        x.size(2), alpha, threshold};
+    return differentiate_all<scalar>(spaces, x, y, plan, grad_cost, over_batch, cross_given || alpha < 1, cross_given);
+  });
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(helo_fast_cpu, CPU, m) {
   m.impl("gromov_wasserstein_fwd", TORCH_BOX(&gromov_wasserstein_fwd));
   m.impl("gromov_from_tokens_fwd", TORCH_BOX(&gromov_from_tokens_fwd));
+  m.impl("gromov_wasserstein_bwd", TORCH_BOX(&gromov_wasserstein_bwd));
+  m.impl("gromov_from_tokens_bwd", TORCH_BOX(&gromov_from_tokens_bwd));
 }

@@ -26,9 +26,22 @@ struct GromovArguments {
 };
 
 template <typename scalar>
+struct GromovGradients {
+  GromovSpaces<scalar> spaces;
+  const scalar *plan, *grad_cost;     // [B, n, m], [B]
+  scalar *d_x, *d_y, *d_xy;           // as cost_x and cost_y, or as x and y; [B, n, m] or null
+  const double* threshold_gradients;  // [4]: what each pair at an extreme receives, ordered as extremes; null: found in each problem
+  bool fused;
+};
+
+template <typename scalar>
 struct GromovKernel {  // each for problems [begin, end)
   void (*solve)(const GromovArguments<scalar>&, int64_t begin, int64_t end, unsigned char* scratch);
   int64_t (*solve_bytes)(const GromovArguments<scalar>&);
   void (*extremes)(const GromovSpaces<scalar>&, scalar* extremes, int64_t begin, int64_t end, unsigned char* scratch);  // [B, 4]
   int64_t (*extremes_bytes)(const GromovSpaces<scalar>&);
+  void (*differentiate)(const GromovGradients<scalar>&, int64_t begin, int64_t end, unsigned char* scratch);
+  // [B, 6], of x, then y: minus the sum of the costs' gradient, the number of pairs at the lower and at the upper extreme.
+  void (*add_up)(const GromovGradients<scalar>&, double* sums, int64_t begin, int64_t end, unsigned char* scratch);
+  int64_t (*differentiate_bytes)(const GromovGradients<scalar>&);
 };

@@ -241,8 +241,5 @@ int64_t extremes_bytes(const GromovSpaces<scalar>& s) {
   return arena.used;
 }
 
-template <typename scalar>
-constexpr GromovKernel<scalar> gromov = {solve_some<scalar>, solve_bytes<scalar>, find_extremes<scalar>, extremes_bytes<scalar>};
-
 }  // namespace HELO_FAST_SET
 }  // namespace

@@ -22,14 +22,21 @@ def _only_cpu(tensor: Tensor) -> str | None:
     return None if tensor.device.type == "cpu" else f"it runs on cpu tensors, got {tensor.device.type}"
 
 
-# The backwards are a few batched products, which PyTorch runs on every device.
-_BACKWARDS = {"bwd": reference.bwd, "from_tokens_bwd": reference.from_tokens_bwd}
+_EAGER = {
+    "fwd": reference.fwd,
+    "from_tokens_fwd": reference.from_tokens_fwd,
+    "bwd": reference.bwd,
+    "from_tokens_bwd": reference.from_tokens_bwd,
+}
+_CPP = {
+    "fwd": _cpp("gromov_wasserstein_fwd"),
+    "from_tokens_fwd": _cpp("gromov_from_tokens_fwd"),
+    "bwd": _cpp("gromov_wasserstein_bwd"),
+    "from_tokens_bwd": _cpp("gromov_from_tokens_bwd"),
+}
 
 _registry.register(
     "gromov",
-    (
-        Adapter(EAGER, {"fwd": reference.fwd, "from_tokens_fwd": reference.from_tokens_fwd, **_BACKWARDS}),
-        Adapter(CPP, {"fwd": _cpp("gromov_wasserstein_fwd"), "from_tokens_fwd": _cpp("gromov_from_tokens_fwd"), **_BACKWARDS}, _only_cpu),
-    ),
+    (Adapter(EAGER, _EAGER), Adapter(CPP, _CPP, _only_cpu)),
     auto={"cpu": ("cpp", "eager"), "cuda": ("eager",)},
 )
