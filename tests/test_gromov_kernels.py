@@ -123,14 +123,14 @@ def test_extremes_are_finite(backend, method, dtype):
 def test_gradients(backend, empty, dtype):
     """Of costs and of tokens, over every vector length; the plan is eager's, so that the derivatives alone differ."""
     ops, weight = torch.ops.helo_fast, random(3, seed=9)
-    for n, m, width in ((1, 1, 1), (2, 5, 3), (7, 4, 16), (17, 33, 40), (36, 36, 128), (65, 12, 5)):
+    for n, m, width in ((1, 1, 1), (3, 5, 3), (7, 4, 16), (17, 33, 40), (36, 36, 128), (65, 12, 5)):
         a, b = masses(3, n, 1, empty), masses(3, m, 2, empty)
         C, D, M, plan = random(3, n, n), random(3, m, m, seed=1), random(3, n, m, seed=2), a.unsqueeze(-1) * b.unsqueeze(-2)
         plan = plan * (0.5 + M)
         x, y = random(3, n, width, seed=3) - 0.4, random(3, m, width, seed=4) - 0.4
-        if n > 2 and not empty:
-            x[0, 1] = 0  # of norm 0
-        if empty:
+        if n > 2 and not empty and dtype == torch.float32:
+            x[0, 1] = 0  # of norm 0: its gradient is of size 1e12
+        if empty and n > 1:
             C[0, 0] = D[0, :, 0] = x[0, 0] = math.nan  # without mass, never read
         calls = [(ops.gromov_wasserstein_bwd, (C, D, plan, weight, alpha, fused)) for alpha, fused in ((1.0, False), (0.3, True))]
         for over, alpha, given in itertools.product((False, True), (1.0, 0.3), (False, True)):

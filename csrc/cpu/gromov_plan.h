@@ -182,9 +182,10 @@ class PlanSolver {
 
   template <typename mask>
   static bool all(const mask& lanes) {
-    for (int64_t k = 0; k < int64_t(sizeof lanes / sizeof(scalar)); ++k)
-      if (!lanes[k]) return false;
-    return true;
+    int64_t words[sizeof lanes / 8], every = -1;
+    std::memcpy(words, &lanes, sizeof lanes);
+    for (int64_t word : words) every &= word;
+    return every == -1;
   }
 
   // The next u from col_sum; false, and no change, where it or a scaling leaves the safe range (or is NaN).

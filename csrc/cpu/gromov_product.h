@@ -55,22 +55,28 @@ inline void sum_four(const typename Vectors<scalar>::full (&v)[4], scalar* sums)
   }
 }
 
+// The lanes' sum, or the largest, by halving.
+template <bool sum, typename scalar, int lanes, int... I>
+inline scalar fold(typename Pack<scalar, lanes>::type v, std::integer_sequence<int, I...>) {
+  if constexpr (lanes == 2) {
+    return sum ? v[0] + v[1] : v[0] > v[1] ? v[0] : v[1];
+  } else {
+    constexpr int half = lanes / 2;
+    const auto low = __builtin_shufflevector(v, v, I...), high = __builtin_shufflevector(v, v, (I + half)...);
+    return fold<sum, scalar, half>(sum ? low + high : low > high ? low : high, std::make_integer_sequence<int, half / 2>());
+  }
+}
+
 template <typename scalar>
-inline double sum_lanes(typename Vectors<scalar>::full v) {
-  scalar lanes[Vectors<scalar>::lanes];
-  store(lanes, v);
-  double sum = 0;
-  for (scalar lane : lanes) sum += lane;
-  return sum;
+inline scalar sum_lanes(typename Vectors<scalar>::full v) {
+  constexpr int lanes = Vectors<scalar>::lanes;
+  return fold<true, scalar, lanes>(v, std::make_integer_sequence<int, lanes / 2>());
 }
 
 template <typename scalar>
 inline scalar largest_lane(typename Vectors<scalar>::full v) {
-  scalar lanes[Vectors<scalar>::lanes];
-  store(lanes, v);
-  scalar top = lanes[0];
-  for (scalar lane : lanes) top = lane > top ? lane : top;
-  return top;
+  constexpr int lanes = Vectors<scalar>::lanes;
+  return fold<false, scalar, lanes>(v, std::make_integer_sequence<int, lanes / 2>());
 }
 
 template <typename scalar, int rows, int vectors>

@@ -52,7 +52,7 @@ class Space {
       for (int64_t k = filled; k < wide; ++k) to[k] = 0;
       full squares = {};
       for (int64_t k = 0; k < wide; k += V::lanes) squares += load<full>(to + k) * load<full>(to + k);
-      const double length = std::sqrt(sum_lanes<scalar>(squares));
+      const double length = std::sqrt(double(sum_lanes<scalar>(squares)));
       norm[i] = scalar(length);
       const scalar scale = scalar(1 / (length > kNormFloor ? length : kNormFloor));
       for (int64_t k = 0; k < wide; k += V::lanes) store(to + k, scale * load<full>(to + k));
@@ -96,10 +96,12 @@ class Space {
   }
 
   double mean() const {
-    full sum = {};
     double total = 0;
-    for (int64_t i = 0; i < count; ++i, total += sum_lanes<scalar>(sum), sum = full{})
+    for (int64_t i = 0; i < count; ++i) {
+      full sum = {};
       for (int64_t j = 0; j < stride; j += V::lanes) sum += load<full>(cost + i * stride + j);
+      total += sum_lanes<scalar>(sum);
+    }
     return total / (double(count) * double(count));
   }
 
