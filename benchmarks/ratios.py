@@ -49,7 +49,7 @@ CPU_ROWS = [
     Row("sinkhorn forward, tol 1e-4, mixed, B1024 n36", "sinkhorn tol 1e-4 B1024 n36", "pot", 60),
     Row("gromov_from_tokens, B128 n36 D128", "gromov_from_tokens B128 n36 D128", "naive", 15),
     Row("gromov_from_tokens, B128 n36 D128", "gromov_from_tokens B128 n36 D128", "compile", None),
-    Row("gromov_wasserstein, entropic, B64 n36", "gromov entropic B64 n36", "pot", None),
+    Row("gromov_wasserstein, entropic, B16 n36", "gromov entropic B16 n36", "pot", None),
     Row("lcd_attention forward + backward, B128", "lcd_attention fwd+bwd B128 H4 n36 d32", "eager", 5),
     Row("lcd_attention forward + backward, B128", "lcd_attention fwd+bwd B128 H4 n36 d32", "naive", 5),
     Row("lcd_attention forward + backward, bias, B128", "lcd_attention fwd+bwd B128 H4 n36 d32 bias", "eager", 5),

@@ -46,7 +46,7 @@ class EntropicCase(NamedTuple):
         return f"gromov entropic B{self.batch} n{self.n}{' cuda' if self.device == 'cuda' else ''}"
 
 
-ENTROPIC = [(EntropicCase(64, 36, device), member) for device in harness.DEVICES for member in (*harness.backends(device), "pot")]
+ENTROPIC = [(EntropicCase(16, 36, device), member) for device in harness.DEVICES for member in (*harness.backends(device), "pot")]
 
 
 @cache
