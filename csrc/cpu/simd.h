@@ -212,5 +212,20 @@ class RangeCheck {
   words worst_ = {};
 };
 
+// The sum of the lanes of a full vector.
+template <typename scalar>
+inline scalar sum_of(typename Vectors<scalar>::full v) {
+  struct Halves {
+    typename Vectors<scalar>::half low, high;
+  };
+  const Halves halves = bits<Halves>(v);
+  const typename Vectors<scalar>::half both = halves.low + halves.high;
+  scalar lane[Vectors<scalar>::unit];
+  store(lane, both);
+  for (int64_t step = Vectors<scalar>::unit / 2; step > 0; step /= 2)
+    for (int64_t k = 0; k < step; ++k) lane[k] += lane[k + step];
+  return lane[0];
+}
+
 }  // namespace HELO_FAST_SET
 }  // namespace

@@ -16,6 +16,22 @@ def _cpp_fwd(cost: Tensor, a: Tensor, b: Tensor, *options: object) -> tuple[Tens
     return torch.ops.helo_fast_cpu.sinkhorn_fwd(cost.contiguous(), a.contiguous(), b.contiguous(), *options)
 
 
+def _contiguous(*tensors: Tensor | None) -> list[Tensor | None]:
+    return [tensor if tensor is None else tensor.contiguous() for tensor in tensors]
+
+
+def _cpp_implicit_bwd(cost, a, b, plan, grad_plan, grad_f, grad_g, grad_cost, *options: object) -> tuple[Tensor, ...]:
+    a, b, plan, grad_f, grad_g, grad_cost = _contiguous(a, b, plan, grad_f, grad_g, grad_cost)
+    return torch.ops.helo_fast_cpu.sinkhorn_implicit_bwd(cost, a, b, plan, grad_plan, grad_f, grad_g, grad_cost, *options)
+
+
+def _cpp_unrolled_bwd(cost, a, b, plan, history, n_iter, grad_plan, grad_f, grad_g, grad_cost, *options: object) -> tuple[Tensor, ...]:
+    a, b, plan, history, n_iter, grad_f, grad_g, grad_cost = _contiguous(a, b, plan, history, n_iter, grad_f, grad_g, grad_cost)
+    return torch.ops.helo_fast_cpu.sinkhorn_unrolled_bwd(
+        cost, a, b, plan, history, n_iter, grad_plan, grad_f, grad_g, grad_cost, *options
+    )
+
+
 def _cuda_fwd(cost: Tensor, a: Tensor, b: Tensor, *options: object) -> tuple[Tensor, ...]:
     return torch.ops.helo_fast_cuda.sinkhorn_fwd(cost.contiguous(), a.contiguous(), b.contiguous(), *options)
 
@@ -40,14 +56,14 @@ def _only(device: str):
     return lambda tensor: None if tensor.device.type == device else f"it runs on {device} tensors, got {tensor.device.type}"
 
 
-# The backwards are batched dense linear algebra and replays, which PyTorch runs on every device.
+# The backwards as batched dense linear algebra and replays, which PyTorch runs on every device.
 _BACKWARDS = {"implicit_bwd": reference.implicit_bwd, "unrolled_bwd": reference.unrolled_bwd}
 
 _registry.register(
     "sinkhorn",
     (
         Adapter(EAGER, {"fwd": reference.fwd, **_BACKWARDS}),
-        Adapter(CPP, {"fwd": _cpp_fwd, **_BACKWARDS}, _only("cpu")),
+        Adapter(CPP, {"fwd": _cpp_fwd, "implicit_bwd": _cpp_implicit_bwd, "unrolled_bwd": _cpp_unrolled_bwd}, _only("cpu")),
         Adapter(TRITON, {"fwd": _triton_fwd, **_BACKWARDS}, _triton_refuses),
         Adapter(CUDA, {"fwd": _cuda_fwd, **_BACKWARDS}, _only("cuda")),
     ),
