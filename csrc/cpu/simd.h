@@ -212,19 +212,47 @@ class RangeCheck {
   words worst_ = {};
 };
 
-// The sum of the lanes of a full vector.
+// The sum of the lanes of a full vector: each step adds to every lane the one half, a quarter, ... of the vector away.
 template <typename scalar>
 inline scalar sum_of(typename Vectors<scalar>::full v) {
-  struct Halves {
-    typename Vectors<scalar>::half low, high;
-  };
-  const Halves halves = bits<Halves>(v);
-  const typename Vectors<scalar>::half both = halves.low + halves.high;
-  scalar lane[Vectors<scalar>::unit];
-  store(lane, both);
-  for (int64_t step = Vectors<scalar>::unit / 2; step > 0; step /= 2)
-    for (int64_t k = 0; k < step; ++k) lane[k] += lane[k + step];
-  return lane[0];
+  constexpr int64_t lanes = Vectors<scalar>::lanes;
+  if constexpr (lanes == 16) {
+    v += __builtin_shufflevector(v, v, 8, 9, 10, 11, 12, 13, 14, 15, 0, 1, 2, 3, 4, 5, 6, 7);
+    v += __builtin_shufflevector(v, v, 4, 5, 6, 7, 0, 1, 2, 3, 12, 13, 14, 15, 8, 9, 10, 11);
+    v += __builtin_shufflevector(v, v, 2, 3, 0, 1, 6, 7, 4, 5, 10, 11, 8, 9, 14, 15, 12, 13);
+    v += __builtin_shufflevector(v, v, 1, 0, 3, 2, 5, 4, 7, 6, 9, 8, 11, 10, 13, 12, 15, 14);
+  } else if constexpr (lanes == 8) {
+    v += __builtin_shufflevector(v, v, 4, 5, 6, 7, 0, 1, 2, 3);
+    v += __builtin_shufflevector(v, v, 2, 3, 0, 1, 6, 7, 4, 5);
+    v += __builtin_shufflevector(v, v, 1, 0, 3, 2, 5, 4, 7, 6);
+  } else if constexpr (lanes == 4) {
+    v += __builtin_shufflevector(v, v, 2, 3, 0, 1);
+    v += __builtin_shufflevector(v, v, 1, 0, 3, 2);
+  } else {
+    v += __builtin_shufflevector(v, v, 1, 0);
+  }
+  return v[0];
+}
+
+// Converts size numbers to double; zeros follow, up to a padded size of whole vectors.
+template <typename scalar>
+inline void widen(const scalar* from, int64_t size, double* to, int64_t padded_size) {
+  typedef Vectors<double> V;
+  typedef scalar Narrow __attribute__((vector_size(V::lanes * sizeof(scalar))));
+  int64_t k = 0;
+  for (; k + V::lanes <= size; k += V::lanes) store(to + k, __builtin_convertvector(load<Narrow>(from + k), typename V::full));
+  for (int64_t zero = k; zero < padded_size; zero += V::lanes) store(to + zero, typename V::full{});
+  for (; k < size; ++k) to[k] = from[k];
+}
+
+// The other way.
+template <typename scalar>
+inline void narrow(const double* from, int64_t size, scalar* to) {
+  typedef Vectors<double> V;
+  typedef scalar Narrow __attribute__((vector_size(V::lanes * sizeof(scalar))));
+  int64_t k = 0;
+  for (; k + V::lanes <= size; k += V::lanes) store(to + k, __builtin_convertvector(load<typename V::full>(from + k), Narrow));
+  for (; k < size; ++k) to[k] = scalar(from[k]);
 }
 
 }  // namespace HELO_FAST_SET

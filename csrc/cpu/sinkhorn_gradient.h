@@ -42,24 +42,33 @@ inline void add_scaled(double* y, double scale, const double* x, int64_t padded_
   for (int64_t k = 0; k < padded_size; k += kLanes) store(y + k, load<Doubles>(y + k) + scale * load<Doubles>(x + k));
 }
 
-// grad[0, m): the gradient that reaches entry (i, j) of the plan, directly and through transport_cost = <plan, cost>.
-// Zero where the plan is: whatever stands in cost there is never used.
+inline Doubles only_where(Longs condition, Doubles v) { return bits<Doubles>(bits<Longs>(v) & condition); }
+
+// Row i of a problem's matrix, in double, padded with 0.
 template <typename scalar>
-void incoming(const SinkhornGradientArguments<scalar>& x, int64_t problem, int64_t i, const scalar* plan, double* grad) {
-  const double weight = x.grad_transport ? x.grad_transport[problem] : 0;
-  const auto row = [&](const Strided<scalar>& t) { return t.data + problem * t.batch + i * t.row; };
-  const Strided<scalar>&G = x.grad_plan, &cost = x.cost;
-  if (!G.data)
-    for (int64_t j = 0; j < x.m; ++j) grad[j] = 0;
-  else if (G.column == 1)
-    for (int64_t j = 0; j < x.m; ++j) grad[j] = row(G)[j];
+void read_row(const Strided<scalar>& from, int64_t problem, int64_t i, int64_t m, double* to) {
+  const scalar* row = from.data + problem * from.batch + i * from.row;
+  if (from.column == 1) return widen(row, m, to, padded(m));
+  for (int64_t j = m; j < padded(m); ++j) to[j] = 0;
+  for (int64_t j = 0; j < m; ++j) to[j] = row[j * from.column];
+}
+
+// A row of the plan, and of the gradient that reaches it, directly and through transport_cost = <plan, cost>: 0 where the plan is,
+// whatever stands in cost there.
+template <typename scalar>
+void read_rows(const SinkhornGradientArguments<scalar>& x, int64_t problem, int64_t i, double* plan, double* grad, double* cost) {
+  const int64_t stride = padded(x.m);
+  widen(x.plan + (problem * x.n + i) * x.m, x.m, plan, stride);
+  if (x.grad_plan.data)
+    read_row(x.grad_plan, problem, i, x.m, grad);
   else
-    for (int64_t j = 0; j < x.m; ++j) grad[j] = row(G)[j * G.column];
-  if (x.grad_transport && cost.column == 1)
-    for (int64_t j = 0; j < x.m; ++j) grad[j] += weight * row(cost)[j];
-  else if (x.grad_transport)
-    for (int64_t j = 0; j < x.m; ++j) grad[j] += weight * row(cost)[j * cost.column];
-  for (int64_t j = 0; j < x.m; ++j) grad[j] = plan[j] > 0 ? grad[j] : 0;
+    for (int64_t k = 0; k < stride; k += kLanes) store(grad + k, Doubles{});
+  if (x.grad_transport) {
+    read_row(x.cost, problem, i, x.m, cost);
+    add_scaled(grad, x.grad_transport[problem], cost, stride);
+  }
+  for (int64_t k = 0; k < stride; k += kLanes)
+    store(grad + k, only_where(load<Doubles>(plan + k) > 0, load<Doubles>(grad + k)));
 }
 
 }  // namespace HELO_FAST_SET

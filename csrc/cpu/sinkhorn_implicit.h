@@ -31,8 +31,7 @@ class ImplicitGradient {
     Pieces pieces(scratch);
     for (double** p : {&rows_.mass, &rows_.right, &rows_.solution, &rows_.weight}) *p = pieces.take<double>(np_);
     for (double** p : {&columns_.mass, &columns_.right, &columns_.solution, &columns_.weight}) *p = pieces.take<double>(mp_);
-    for (double** p : {&plan_row_, &grad_row_, &residual_, &direction_, &product_}) *p = pieces.take<double>(mp_);
-    for (int64_t k = x.m; k < mp_; ++k) plan_row_[k] = grad_row_[k] = 0;
+    for (double** p : {&plan_row_, &grad_row_, &cost_row_, &residual_, &direction_, &product_}) *p = pieces.take<double>(mp_);
     rows_.size = x.n, rows_.padded_size = np_, rows_.lambda = x.lambda_a;
     columns_.size = x.m, columns_.padded_size = mp_, columns_.lambda = x.lambda_b;
     if (!direct(x.n, x.m)) return;
@@ -46,7 +45,7 @@ class ImplicitGradient {
 
   static int64_t scratch_bytes(int64_t n, int64_t m) {
     const int64_t np = padded(n), mp = padded(m), near = np < mp ? np : mp;
-    return ((4 * np + 9 * mp) + (direct(n, m) ? (np > mp ? np : mp) * near + near * near + 2 * near : 0)) * 8 + 17 * 64;
+    return ((4 * np + 10 * mp) + (direct(n, m) ? (np > mp ? np : mp) * near + near * near + 2 * near : 0)) * 8 + 18 * 64;
   }
 
   void differentiate(int64_t problem) {
@@ -70,18 +69,14 @@ class ImplicitGradient {
 
   static bool direct(int64_t n, int64_t m) { return (n < m ? n : m) <= kDirect; }
 
-  void read_plan_row(int64_t problem, int64_t i) {
-    const scalar* plan = x_.plan + (problem * x_.n + i) * x_.m;
-    for (int64_t j = 0; j < x_.m; ++j) plan_row_[j] = plan[j];
-  }
+  void read_plan_row(int64_t problem, int64_t i) { widen(x_.plan + (problem * x_.n + i) * x_.m, x_.m, plan_row_, mp_); }
 
   // Sums of the plan and of W over rows and columns; the plan itself into matrix_, a row per eliminated node.
   void read(int64_t problem, bool keep, bool swap) {
     for (int64_t k = 0; k < np_; ++k) rows_.mass[k] = rows_.right[k] = 0;
     for (int64_t k = 0; k < mp_; ++k) columns_.mass[k] = columns_.right[k] = 0;
     for (int64_t i = 0; i < x_.n; ++i) {
-      read_plan_row(problem, i);
-      incoming(x_, problem, i, x_.plan + (problem * x_.n + i) * x_.m, grad_row_);
+      read_rows(x_, problem, i, plan_row_, grad_row_, cost_row_);
       Doubles mass = {}, right = {};
       for (int64_t k = 0; k < mp_; k += kLanes) {
         const Doubles T = load<Doubles>(plan_row_ + k), W = T * load<Doubles>(grad_row_ + k);
@@ -131,20 +126,19 @@ class ImplicitGradient {
     const int64_t stride = near.padded_size;
     const double grounding = near.lambda + far.lambda / (1 + far.lambda);
     for (int64_t j = 0; j < stride; ++j) ground_[j] = grounding * near.mass[j];
+    double* root = far.weight;
+    for (int64_t i = 0; i < far.size; ++i) root[i] = std::sqrt(root[i]);
     for (int64_t i = 0; i < far.size; ++i) {
-      add_scaled(near.right, -far.weight[i] * far.right[i], matrix_ + i * stride, stride);
-      const double root = std::sqrt(far.weight[i]);
-      for (int64_t k = 0; k < stride; k += kLanes) store(matrix_ + i * stride + k, root * load<Doubles>(matrix_ + i * stride + k));
+      double* row = matrix_ + i * stride;
+      for (int64_t k = 0; k < stride; k += kLanes) store(row + k, root[i] * load<Doubles>(row + k));
+      add_scaled(near.right, -root[i] * far.right[i], row, stride);
     }
     const int64_t heaviest = heaviest_to_the_end(near, far.size);
     link(far.size, stride);
     factor(near);
-    for (int64_t i = near.size - 1; i >= 0; --i)
-      near.solution[i] = inverse_pivot_[i] * (near.right[i] + dot(links_ + i * stride + i / kLanes * kLanes, near.solution + i / kLanes * kLanes, stride - i / kLanes * kLanes));
-    for (int64_t i = 0; i < far.size; ++i) {
-      const double root = std::sqrt(far.weight[i]);
-      far.solution[i] = root * (root * far.right[i] - dot(matrix_ + i * stride, near.solution, stride));
-    }
+    substitute(near);
+    for (int64_t i = 0; i < far.size; ++i)
+      far.solution[i] = root[i] * (root[i] * far.right[i] - dot(matrix_ + i * stride, near.solution, stride));
     swap_with_last(near.mass, near.size, heaviest);
     swap_with_last(near.solution, near.size, heaviest);
   }
@@ -195,26 +189,52 @@ class ImplicitGradient {
   }
 
   // Takes the nodes out one by one: a star becomes a mesh, c_jk += c_ji c_ik / d_i, and so with ground and right-hand side.
+  // Four at a time: each changes the other three at once, the rows below wait for all four.
   void factor(Side& near) {
     const int64_t stride = near.padded_size;
     Longs lane;
     for (int64_t k = 0; k < kLanes; ++k) lane[k] = k;
-    for (int64_t j = 0; j < stride; ++j) near.solution[j] = 0;
-    for (int64_t i = 0; i < near.size; ++i) {
-      double* row = links_ + i * stride;
+    for (int64_t i = 0; i < stride; i += 4) {
+      double* rows[4] = {links_ + i * stride, links_ + (i + 1) * stride, links_ + (i + 2) * stride, links_ + (i + 3) * stride};
+      for (int64_t p = 0; p < 4; ++p) {
+        const int64_t first = (i + p) / kLanes * kLanes, size = stride - first;
+        double* row = rows[p] + first;
+        Doubles sum = only_where(lane > i + p - first, load<Doubles>(row));
+        store(row, sum);  // nothing up to the diagonal
+        for (int64_t k = kLanes; k < size; k += kLanes) sum += load<Doubles>(row + k);
+        const double pivot = ground_[i + p] + sum_of<double>(sum);
+        const double inverse = pivot > kNoLink * near.mass[i + p] ? 1 / pivot : 0;
+        inverse_pivot_[i + p] = inverse;
+        for (int64_t q = p + 1; q < 4; ++q) add_scaled(rows[q] + first, inverse * rows[p][i + q], row, size);
+        add_scaled(ground_ + first, inverse * ground_[i + p], row, size);
+        add_scaled(near.right + first, inverse * near.right[i + p], row, size);
+      }
+      for (int64_t j = i + 4; j < near.size; ++j) {
+        double factors[4];
+        for (int64_t p = 0; p < 4; ++p) factors[p] = inverse_pivot_[i + p] * rows[p][j];
+        for (int64_t k = j / kLanes * kLanes; k < stride; k += kLanes) {
+          Doubles sum = load<Doubles>(links_ + j * stride + k);
+#pragma GCC unroll 4
+          for (int64_t p = 0; p < 4; ++p) sum += factors[p] * load<Doubles>(rows[p] + k);
+          store(links_ + j * stride + k, sum);
+        }
+      }
+    }
+  }
+
+  // Back through the nodes, four at a time.
+  void substitute(Side& near) {
+    const int64_t stride = near.padded_size;
+    double* y = near.solution;
+    for (int64_t j = 0; j < stride; ++j) y[j] = 0;
+    for (int64_t i = stride - 4; i >= 0; i -= 4) {
       const int64_t first = i / kLanes * kLanes;
-      Doubles sum = bits<Doubles>(bits<Longs>(load<Doubles>(row + first)) & (lane > i - first));
-      store(row + first, sum);  // nothing below the diagonal
-      for (int64_t k = first + kLanes; k < stride; k += kLanes) sum += load<Doubles>(row + k);
-      const double pivot = ground_[i] + sum_of<double>(sum);
-      const double inverse = pivot > kNoLink * near.mass[i] ? 1 / pivot : 0;
-      inverse_pivot_[i] = inverse;
-      if (inverse == 0) continue;
-      add_scaled(ground_ + first, inverse * ground_[i], row + first, stride - first);
-      add_scaled(near.right + first, inverse * near.right[i], row + first, stride - first);
-      for (int64_t j = i + 1; j < near.size; ++j) {
-        const int64_t from = j / kLanes * kLanes;
-        add_scaled(links_ + j * stride + from, inverse * row[j], row + from, stride - from);
+      double sum[4];
+      for (int64_t p = 0; p < 4; ++p)
+        sum[p] = near.right[i + p] + dot(links_ + (i + p) * stride + first, y + first, stride - first);
+      for (int64_t p = 3; p >= 0; --p) {
+        for (int64_t q = p + 1; q < 4; ++q) sum[p] += links_[(i + p) * stride + i + q] * y[i + q];
+        y[i + p] = inverse_pivot_[i + p] * sum[p];
       }
     }
   }
@@ -278,14 +298,14 @@ class ImplicitGradient {
 
   void write(int64_t problem) {
     const double per_epsilon = 1 / x_.epsilon, envelope = x_.grad_transport ? x_.grad_transport[problem] : 0;
-    const double* y = columns_.solution;
     for (int64_t i = 0; i < x_.n; ++i) {
-      const int64_t start = (problem * x_.n + i) * x_.m;
-      read_plan_row(problem, i);
-      incoming(x_, problem, i, x_.plan + start, grad_row_);
+      read_rows(x_, problem, i, plan_row_, grad_row_, cost_row_);
       const double x = rows_.solution[i];
-      scalar* d_cost = x_.d_cost + start;
-      for (int64_t j = 0; j < x_.m; ++j) d_cost[j] = scalar(plan_row_[j] * ((x + y[j] - grad_row_[j]) * per_epsilon + envelope));
+      for (int64_t k = 0; k < mp_; k += kLanes) {
+        const Doubles change = x + load<Doubles>(columns_.solution + k) - load<Doubles>(grad_row_ + k);
+        store(plan_row_ + k, load<Doubles>(plan_row_ + k) * (change * per_epsilon + envelope));
+      }
+      narrow(plan_row_, x_.m, x_.d_cost + (problem * x_.n + i) * x_.m);
     }
     write_marginal(rows_, x_.a + problem * x_.n, x_.grad_f ? x_.grad_f + problem * x_.n : nullptr, x_.d_a + problem * x_.n);
     write_marginal(columns_, x_.b + problem * x_.m, x_.grad_g ? x_.grad_g + problem * x_.m : nullptr, x_.d_b + problem * x_.m);
@@ -301,7 +321,7 @@ class ImplicitGradient {
   const SinkhornGradientArguments<scalar>& x_;
   int64_t np_, mp_;
   Side rows_, columns_;
-  double *plan_row_, *grad_row_, *residual_, *direction_, *product_;          // [mp]
+  double *plan_row_, *grad_row_, *cost_row_, *residual_, *direction_, *product_;  // [mp]
   double *matrix_ = nullptr, *links_ = nullptr;                               // [far, near], [near, near]
   double *ground_ = nullptr, *inverse_pivot_ = nullptr;                       // [near]
 };

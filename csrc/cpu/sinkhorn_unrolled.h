@@ -172,13 +172,14 @@ class UnrolledGradient {
   UnrolledGradient(const SinkhornGradientArguments<scalar>& x, unsigned char* scratch)
       : x_(x), pieces_(scratch), to_rows_(x.n, x.m, pieces_), to_columns_(x.m, x.n, pieces_) {
     for (double** p : {&log_a_, &phi_, &phi_bar_, &d_log_a_}) *p = pieces_.take<double>(x.n);
-    for (double** p : {&log_b_, &gamma_, &gamma_bar_, &d_log_b_, &grad_row_}) *p = pieces_.take<double>(x.m);
+    for (double** p : {&log_b_, &gamma_, &gamma_bar_, &d_log_b_}) *p = pieces_.take<double>(x.m);
+    for (double** p : {&plan_row_, &grad_row_, &cost_row_}) *p = pieces_.take<double>(padded(x.m));
     rows_ = pieces_.take<int64_t>(x.n);
     columns_ = pieces_.take<int64_t>(x.m);
   }
 
   static int64_t scratch_bytes(int64_t n, int64_t m) {
-    return HalfIteration<scalar>::scratch_bytes(n, m) + HalfIteration<scalar>::scratch_bytes(m, n) + (5 * n + 6 * m) * 8 + 11 * 64;
+    return HalfIteration<scalar>::scratch_bytes(n, m) + HalfIteration<scalar>::scratch_bytes(m, n) + (5 * n + 8 * padded(m)) * 8 + 13 * 64;
   }
 
   void differentiate(int64_t problem) {
@@ -214,11 +215,10 @@ class UnrolledGradient {
     to_columns_.start(m_, n_, {cost, columns_, rows_, x_.cost.column, x_.cost.row}, 1 / (1 + x_.lambda_b), per_epsilon);
     for (int64_t j = 0; j < m_; ++j) d_log_b_[j] = 0;
     for (int64_t i = 0; i < n_; ++i) {
-      const scalar* plan = x_.plan + (problem * x_.n + rows_[i]) * x_.m;
-      incoming(x_, problem, rows_[i], plan, grad_row_);
+      read_rows(x_, problem, rows_[i], plan_row_, grad_row_, cost_row_);
       double total = 0;
       for (int64_t j = 0; j < m_; ++j) {
-        const double W = plan[columns_[j]] * grad_row_[columns_[j]];
+        const double W = plan_row_[columns_[j]] * grad_row_[columns_[j]];
         total += W;
         d_log_b_[j] += W;
       }
@@ -231,20 +231,28 @@ class UnrolledGradient {
 
   void reverse(int64_t problem, int64_t iteration) {
     const scalar* after = x_.history + (problem * x_.kept + iteration - 1) * (x_.n + x_.m);
-    const scalar* before = after - (x_.n + x_.m);
-    for (int64_t j = 0; j < m_; ++j) gamma_[j] = log_b_[j] + after[x_.n + columns_[j]];
+    with_mass(after + x_.n, columns_, m_, x_.m, log_b_, gamma_);
     const double* flow = to_rows_.reverse(gamma_, phi_bar_);
-    for (int64_t j = 0; j < m_; ++j) gamma_bar_[j] += flow[j], d_log_b_[j] += flow[j];
-    for (int64_t i = 0; i < n_; ++i) phi_[i] = log_a_[i] + (iteration > 1 ? before[rows_[i]] : 0);
-    flow = to_columns_.reverse(phi_, gamma_bar_);
-    for (int64_t i = 0; i < n_; ++i) phi_bar_[i] = flow[i], d_log_a_[i] += flow[i];
+    for (int64_t j = 0; j < m_; ++j) gamma_bar_[j] += flow[j];
+    for (int64_t j = 0; j < m_; ++j) d_log_b_[j] += flow[j];
+    const bool first = iteration == 1;  // from phi = 0
+    if (!first) with_mass(after - (x_.n + x_.m), rows_, n_, x_.n, log_a_, phi_);
+    flow = to_columns_.reverse(first ? log_a_ : phi_, gamma_bar_);
+    for (int64_t i = 0; i < n_; ++i) phi_bar_[i] = flow[i];
+    for (int64_t i = 0; i < n_; ++i) d_log_a_[i] += flow[i];
     for (int64_t j = 0; j < m_; ++j) gamma_bar_[j] = 0;
+  }
+
+  static void with_mass(const scalar* potential, const int64_t* where, int64_t count, int64_t size, const double* log_mass, double* to) {
+    if (count == size)
+      for (int64_t i = 0; i < count; ++i) to[i] = log_mass[i] + potential[i];
+    else
+      for (int64_t i = 0; i < count; ++i) to[i] = log_mass[i] + potential[where[i]];
   }
 
   void write(int64_t problem) {
     scalar* d_cost = x_.d_cost + problem * x_.n * x_.m;
     scalar *d_a = x_.d_a + problem * x_.n, *d_b = x_.d_b + problem * x_.m;
-    const scalar* plan = x_.plan + problem * x_.n * x_.m;
     if (n_ < x_.n || m_ < x_.m) {
       for (int64_t k = 0; k < x_.n * x_.m; ++k) d_cost[k] = 0;
       for (int64_t i = 0; i < x_.n; ++i) d_a[i] = 0;
@@ -253,10 +261,10 @@ class UnrolledGradient {
     const double per_epsilon = 1 / x_.epsilon, envelope = x_.grad_transport ? x_.grad_transport[problem] : 0;
     for (int64_t i = 0; i < n_; ++i) {
       const int64_t row = rows_[i] * x_.m;
-      incoming(x_, problem, rows_[i], plan + row, grad_row_);
+      read_rows(x_, problem, rows_[i], plan_row_, grad_row_, cost_row_);
       const double* sum = to_rows_.sum(i);
       for (int64_t j = 0; j < m_; ++j) {
-        const double T = plan[row + columns_[j]], flow = sum[j] + to_columns_.sum(j)[i];
+        const double T = plan_row_[columns_[j]], flow = sum[j] + to_columns_.sum(j)[i];
         d_cost[row + columns_[j]] = scalar(T * envelope - (T * grad_row_[columns_[j]] + flow) * per_epsilon);
       }
     }
@@ -270,7 +278,8 @@ class UnrolledGradient {
   int64_t n_ = 0, m_ = 0;                       // rows and columns with mass
   int64_t *rows_, *columns_;                    // where it is
   double *log_a_, *phi_, *phi_bar_, *d_log_a_;  // [n]; the potentials with the log marginals
-  double *log_b_, *gamma_, *gamma_bar_, *d_log_b_, *grad_row_;  // [m]
+  double *log_b_, *gamma_, *gamma_bar_, *d_log_b_;  // [m]
+  double *plan_row_, *grad_row_, *cost_row_;        // [m], padded
 };
 
 template <typename scalar>
