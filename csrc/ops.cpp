@@ -36,6 +36,7 @@ STABLE_TORCH_LIBRARY(helo_fast_cpu, m) {
   m.def(
       "gromov_from_tokens_bwd(Tensor x, Tensor y, Tensor a, Tensor b, Tensor plan, Tensor grad_cost, float threshold, bool over_batch, "
       "float alpha, bool cross_given) -> (Tensor, Tensor, Tensor)");
+  m.def(
       "sinkhorn_implicit_bwd(Tensor cost, Tensor a, Tensor b, Tensor plan, Tensor? grad_plan, Tensor? grad_f, Tensor? grad_g, "
       "Tensor? grad_transport_cost, float epsilon, float? tau_a, float? tau_b) -> (Tensor d_cost, Tensor d_a, Tensor d_b)");
   m.def(

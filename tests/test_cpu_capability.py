@@ -10,7 +10,13 @@ import pytest
 from helo_fast import _native
 
 SETS = ("baseline", "avx2", "avx512")
-TESTS = ("test_sinkhorn.py", "test_gromov.py", "test_gromov_kernels.py")
+TESTS = (
+    "test_sinkhorn.py",
+    "test_sinkhorn_gradients.py",
+    "test_sinkhorn_gradient_values.py",
+    "test_gromov.py",
+    "test_gromov_kernels.py",
+)
 
 
 def run(*arguments, capability):

@@ -71,13 +71,15 @@ def test_envelope_and_none(backend, device_for):
     assert not any(t.requires_grad for t in sinkhorn(cost, gradient="none", backend=backend))
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("gradient", ("implicit", "unrolled"))
 @pytest.mark.parametrize("case", ("zero_mass", "ragged", "tiny_epsilon", "unbalanced_tiny_epsilon", "single_row", "one_by_one"))
-def test_gradients_stay_finite_and_zero_outside_the_mass(gradient, case):
+def test_gradients_stay_finite_and_zero_outside_the_mass(backend, gradient, case, device_for):
+    device_for("sinkhorn", backend)
     arguments = SINKHORN_CASES[case](torch.float32)
     cost = arguments.pop("cost").requires_grad_()
     masses = [arguments[k].requires_grad_() for k in ("a", "b") if k in arguments]
-    result = sinkhorn(cost, **arguments, gradient=gradient)
+    result = sinkhorn(cost, **arguments, gradient=gradient, backend=backend)
     (result.plan * torch.arange(result.plan.shape[-1])).sum().add(result.transport_cost.sum()).backward()
     for leaf in (cost, *masses):
         assert leaf.grad.isfinite().all()
@@ -86,19 +88,23 @@ def test_gradients_stay_finite_and_zero_outside_the_mass(gradient, case):
         assert masses[0].grad[0, 2] == 0 and masses[1].grad[1, 4] == 0
 
 
-def test_float32_implicit_gradient_is_accurate_at_small_epsilon():
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_float32_implicit_gradient_is_accurate_at_small_epsilon(backend, device_for):
+    device_for("sinkhorn", backend)
     arguments = SINKHORN_CASES["square"](torch.float64)
     grads, weight = [], torch.randn(36, 36, generator=torch.Generator().manual_seed(1))
     for dtype in (torch.float64, torch.float32):
         cost = arguments["cost"].detach().to(dtype, copy=True).requires_grad_()
-        (sinkhorn(cost, epsilon=0.02, max_iter=2000).plan * weight.to(dtype)).sum().backward()
+        (sinkhorn(cost, epsilon=0.02, max_iter=2000, backend=backend).plan * weight.to(dtype)).sum().backward()
         grads.append(cost.grad.double())
     assert (grads[0] - grads[1]).abs().max() < 2e-3 * grads[0].abs().max()
 
 
-def test_incoming_gradients_of_any_layout():
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_incoming_gradients_of_any_layout(backend, device_for):
+    device_for("sinkhorn", backend)
     cost = torch.rand(3, 6, 5, dtype=torch.float64, requires_grad=True)
-    result = sinkhorn(cost, max_iter=500)
+    result = sinkhorn(cost, max_iter=500, backend=backend)
     expanded = torch.autograd.grad(result.plan, cost, torch.ones(1, 1, 1).double().expand(3, 6, 5), retain_graph=True)[0]
     dense = torch.autograd.grad(result.plan, cost, torch.ones(3, 6, 5).double(), retain_graph=True)[0]
     assert torch.equal(expanded, dense) and expanded.abs().max() < 1e-10  # the total mass cannot change
@@ -107,29 +113,38 @@ def test_incoming_gradients_of_any_layout():
     assert torch.equal(torch.autograd.grad(result.plan, cost, poisoned[..., ::2])[0], dense)
 
 
-def test_second_derivatives_are_refused():
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_second_derivatives_are_refused(backend, device_for):
+    device_for("sinkhorn", backend)
     for gradient in ("implicit", "unrolled"):
         cost = torch.rand(1, 3, 3, dtype=torch.float64, requires_grad=True)
-        first = torch.autograd.grad((sinkhorn(cost, gradient=gradient).plan ** 2).sum(), cost, create_graph=True)[0]
+        first = torch.autograd.grad((sinkhorn(cost, gradient=gradient, backend=backend).plan ** 2).sum(), cost, create_graph=True)[0]
         with pytest.raises(NotImplementedError, match="sinkhorn has no second derivative"):
             first.sum().backward()
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dtype", (torch.float32, torch.float64), ids=str)
 @pytest.mark.parametrize("gradient", ("implicit", "unrolled", "envelope"))
-def test_opcheck(gradient, dtype):
+def test_opcheck(gradient, dtype, backend, device_for):
+    device_for("sinkhorn", backend)
     cost = torch.rand(2, 4, 3, dtype=dtype, requires_grad=True)
     a, b = torch.full((2, 4), 0.25, dtype=dtype), torch.full((2, 3), 1 / 3, dtype=dtype)
-    torch.library.opcheck(torch.ops.helo_fast.sinkhorn_fwd.default, (cost, a, b, 0.1, 5, 1e-3, 2, None, None, gradient, ""))
-    plan, f, g, _, _, n_iter, history = torch.ops.helo_fast.sinkhorn_fwd(cost.detach(), a, b, 0.1, 5, None, 2, None, None, "unrolled", "")
-    grads = (torch.rand_like(plan), torch.rand_like(f), None, torch.rand(2, dtype=dtype), 0.1, None, 0.5, "")
+    torch.library.opcheck(torch.ops.helo_fast.sinkhorn_fwd.default, (cost, a, b, 0.1, 5, 1e-3, 2, None, None, gradient, backend))
+    options = (0.1, 5, None, 2, None, None, "unrolled", backend)
+    plan, f, g, _, _, n_iter, history = torch.ops.helo_fast.sinkhorn_fwd(cost.detach(), a, b, *options)
+    grads = (torch.rand_like(plan), torch.rand_like(f), None, torch.rand(2, dtype=dtype), 0.1, None, 0.5, backend)
     torch.library.opcheck(torch.ops.helo_fast.sinkhorn_implicit_bwd.default, (cost.detach(), a, b, plan, *grads))
     torch.library.opcheck(torch.ops.helo_fast.sinkhorn_unrolled_bwd.default, (cost.detach(), a, b, plan, history, n_iter, *grads))
 
 
-def test_compiles_to_one_graph():
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("gradient", ("implicit", "unrolled"))
+def test_compiles_to_one_graph(backend, gradient, device_for):
+    device_for("sinkhorn", backend)
+
     def loss(cost, a):
-        result = sinkhorn(cost, a, tol=1e-3, epsilon=0.2)
+        result = sinkhorn(cost, a, tol=1e-3, epsilon=0.2, gradient=gradient, backend=backend)
         return result.plan.square().sum() + result.f.sum() + result.converged.sum()
 
     compiled = torch.compile(loss, fullgraph=True, backend="aot_eager", dynamic=True)

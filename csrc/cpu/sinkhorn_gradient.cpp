@@ -60,10 +60,13 @@ Gradients differentiate(
         data<scalar>(grad_g), data<scalar>(grad_transport), data<scalar>(history), data<int32_t>(n_iter), out(d_cost), out(d_a), out(d_b),
         n, m, kept, epsilon, tau_a ? epsilon / *tau_a : 0, tau_b ? epsilon / *tau_b : 0};
     if (batch == 0) return;
-    if (history)
-      run_all(pick(baseline::sinkhorn_unrolled<scalar>, avx2::sinkhorn_unrolled<scalar>, avx512::sinkhorn_unrolled<scalar>), x, batch, 6 * n * m * kept);
-    else
-      run_all(pick(baseline::sinkhorn_implicit<scalar>, avx2::sinkhorn_implicit<scalar>, avx512::sinkhorn_implicit<scalar>), x, batch, n * m * std::min(n, m));
+    if (history) {
+      const auto& kernel = pick(baseline::sinkhorn_unrolled<scalar>, avx2::sinkhorn_unrolled<scalar>, avx512::sinkhorn_unrolled<scalar>);
+      run_all(kernel, x, batch, 6 * n * m * kept);
+    } else {
+      const auto& kernel = pick(baseline::sinkhorn_implicit<scalar>, avx2::sinkhorn_implicit<scalar>, avx512::sinkhorn_implicit<scalar>);
+      run_all(kernel, x, batch, n * m * std::min(n, m));
+    }
   };
   if (plan.scalar_type() == ScalarType::Double)
     run(double(0));

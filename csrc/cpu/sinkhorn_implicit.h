@@ -53,7 +53,7 @@ class ImplicitGradient {
     Side &near = swap && small ? rows_ : columns_, &far = swap && small ? columns_ : rows_;
     read(problem, small, swap);
     const bool balanced = x_.lambda_a == 0 && x_.lambda_b == 0;
-    if (balanced) drop_constant();
+    add_potential_gradients(problem, balanced);
     for (int64_t i = 0; i < far.padded_size; ++i) far.weight[i] = far.mass[i] > 0 ? 1 / ((1 + far.lambda) * far.mass[i]) : 0;
     small ? eliminate(near, far) : iterate(problem);
     if (balanced) center(swap ? rows_ : columns_, swap ? columns_ : rows_);
@@ -94,20 +94,32 @@ class ImplicitGradient {
     if (keep && swap)
       for (int64_t j = 0; j < x_.m; ++j)
         for (int64_t i = x_.n; i < np_; ++i) matrix_[j * np_ + i] = 0;
-    const scalar *a = x_.a + problem * x_.n, *b = x_.b + problem * x_.m;
-    for (int64_t i = 0; x_.grad_f && i < x_.n; ++i) rows_.right[i] += a[i] > 0 ? x_.epsilon * x_.grad_f[problem * x_.n + i] : 0;
-    for (int64_t j = 0; x_.grad_g && j < x_.m; ++j) columns_.right[j] += b[j] > 0 ? x_.epsilon * x_.grad_g[problem * x_.m + j] : 0;
   }
 
-  // Takes out of (w, z) its component along (1, -1).
-  void drop_constant() {
+  // epsilon f_bar into w and epsilon g_bar into z; if balanced, less its component along (1, -1). W itself has none, and the rounding
+  // of its sums stays where it is: shared out equally, it would be large beside a tiny mass.
+  void add_potential_gradients(int64_t problem, bool balanced) {
     double excess = 0;
     int64_t count = 0;
-    for (int64_t i = 0; i < x_.n; ++i) excess += rows_.right[i], count += rows_.mass[i] > 0;
-    for (int64_t j = 0; j < x_.m; ++j) excess -= columns_.right[j], count += columns_.mass[j] > 0;
-    excess /= count > 0 ? count : 1;
-    for (int64_t i = 0; i < x_.n; ++i) rows_.right[i] = rows_.mass[i] > 0 ? rows_.right[i] - excess : 0;
-    for (int64_t j = 0; j < x_.m; ++j) columns_.right[j] = columns_.mass[j] > 0 ? columns_.right[j] + excess : 0;
+    for (Side* side : {&rows_, &columns_}) {
+      const scalar* grad = potential_gradient(*side, problem);
+      for (int64_t i = 0; i < side->size; ++i) {
+        if (!(side->mass[i] > 0)) continue;
+        ++count;
+        const double change = grad ? x_.epsilon * grad[i] : 0;
+        side->right[i] += change;
+        excess += side == &rows_ ? change : -change;
+      }
+    }
+    if (!balanced || excess == 0) return;
+    excess /= count;
+    for (int64_t i = 0; i < x_.n; ++i) rows_.right[i] -= rows_.mass[i] > 0 ? excess : 0;
+    for (int64_t j = 0; j < x_.m; ++j) columns_.right[j] += columns_.mass[j] > 0 ? excess : 0;
+  }
+
+  const scalar* potential_gradient(const Side& side, int64_t problem) const {
+    const scalar* grad = &side == &rows_ ? x_.grad_f : x_.grad_g;
+    return grad ? grad + problem * side.size : nullptr;
   }
 
   // Moves a constant from one side to the other, so that the first has mean 0.
@@ -307,8 +319,8 @@ class ImplicitGradient {
       }
       narrow(plan_row_, x_.m, x_.d_cost + (problem * x_.n + i) * x_.m);
     }
-    write_marginal(rows_, x_.a + problem * x_.n, x_.grad_f ? x_.grad_f + problem * x_.n : nullptr, x_.d_a + problem * x_.n);
-    write_marginal(columns_, x_.b + problem * x_.m, x_.grad_g ? x_.grad_g + problem * x_.m : nullptr, x_.d_b + problem * x_.m);
+    write_marginal(rows_, x_.a + problem * x_.n, potential_gradient(rows_, problem), x_.d_a + problem * x_.n);
+    write_marginal(columns_, x_.b + problem * x_.m, potential_gradient(columns_, problem), x_.d_b + problem * x_.m);
   }
 
   void write_marginal(const Side& side, const scalar* mass, const scalar* grad, scalar* out) const {

@@ -27,9 +27,7 @@ def _cpp_implicit_bwd(cost, a, b, plan, grad_plan, grad_f, grad_g, grad_cost, *o
 
 def _cpp_unrolled_bwd(cost, a, b, plan, history, n_iter, grad_plan, grad_f, grad_g, grad_cost, *options: object) -> tuple[Tensor, ...]:
     a, b, plan, history, n_iter, grad_f, grad_g, grad_cost = _contiguous(a, b, plan, history, n_iter, grad_f, grad_g, grad_cost)
-    return torch.ops.helo_fast_cpu.sinkhorn_unrolled_bwd(
-        cost, a, b, plan, history, n_iter, grad_plan, grad_f, grad_g, grad_cost, *options
-    )
+    return torch.ops.helo_fast_cpu.sinkhorn_unrolled_bwd(cost, a, b, plan, history, n_iter, grad_plan, grad_f, grad_g, grad_cost, *options)
 
 
 def _cuda_fwd(cost: Tensor, a: Tensor, b: Tensor, *options: object) -> tuple[Tensor, ...]:
