@@ -214,7 +214,7 @@ class RangeCheck {
 
 // The sum of the lanes of a full vector: each step adds to every lane the one half, a quarter, ... of the vector away.
 template <typename scalar>
-inline scalar sum_of(typename Vectors<scalar>::full v) {
+HELO_FAST_INLINE scalar sum_of(typename Vectors<scalar>::full v) {
   constexpr int64_t lanes = Vectors<scalar>::lanes;
   if constexpr (lanes == 16) {
     v += __builtin_shufflevector(v, v, 8, 9, 10, 11, 12, 13, 14, 15, 0, 1, 2, 3, 4, 5, 6, 7);
@@ -234,24 +234,31 @@ inline scalar sum_of(typename Vectors<scalar>::full v) {
   return v[0];
 }
 
+// Half a vector of floats, to and from a vector of doubles.
+typedef float HalfOfFloats __attribute__((vector_size(HELO_FAST_VECTOR_BYTES / 2)));
+HELO_FAST_INLINE Vectors<double>::full load_double(const float* p) {
+  return __builtin_convertvector(load<HalfOfFloats>(p), Vectors<double>::full);
+}
+HELO_FAST_INLINE Vectors<double>::full load_double(const double* p) { return load<Vectors<double>::full>(p); }
+HELO_FAST_INLINE void store_double(float* p, Vectors<double>::full v) { store(p, __builtin_convertvector(v, HalfOfFloats)); }
+HELO_FAST_INLINE void store_double(double* p, Vectors<double>::full v) { store(p, v); }
+
 // Converts size numbers to double; zeros follow, up to a padded size of whole vectors.
 template <typename scalar>
 inline void widen(const scalar* from, int64_t size, double* to, int64_t padded_size) {
-  typedef Vectors<double> V;
-  typedef scalar Narrow __attribute__((vector_size(V::lanes * sizeof(scalar))));
+  constexpr int64_t lanes = Vectors<double>::lanes;
   int64_t k = 0;
-  for (; k + V::lanes <= size; k += V::lanes) store(to + k, __builtin_convertvector(load<Narrow>(from + k), typename V::full));
-  for (int64_t zero = k; zero < padded_size; zero += V::lanes) store(to + zero, typename V::full{});
+  for (; k + lanes <= size; k += lanes) store(to + k, load_double(from + k));
+  for (int64_t zero = k; zero < padded_size; zero += lanes) store(to + zero, Vectors<double>::full{});
   for (; k < size; ++k) to[k] = from[k];
 }
 
 // The other way.
 template <typename scalar>
 inline void narrow(const double* from, int64_t size, scalar* to) {
-  typedef Vectors<double> V;
-  typedef scalar Narrow __attribute__((vector_size(V::lanes * sizeof(scalar))));
+  constexpr int64_t lanes = Vectors<double>::lanes;
   int64_t k = 0;
-  for (; k + V::lanes <= size; k += V::lanes) store(to + k, __builtin_convertvector(load<typename V::full>(from + k), Narrow));
+  for (; k + lanes <= size; k += lanes) store_double(to + k, load_double(from + k));
   for (; k < size; ++k) to[k] = scalar(from[k]);
 }
 

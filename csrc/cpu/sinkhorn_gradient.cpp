@@ -12,6 +12,8 @@
 #include <initializer_list>
 #include <optional>
 #include <tuple>
+#include <type_traits>
+#include <utility>
 
 #include "capability.h"
 #include "problems.h"

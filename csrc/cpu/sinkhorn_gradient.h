@@ -4,10 +4,10 @@
 namespace {
 namespace HELO_FAST_SET {
 
-// Hands out 64-byte aligned pieces of a scratch memory.
-class Pieces {
+// Hands out 64-byte aligned parts of a scratch memory.
+class Workspace {
  public:
-  explicit Pieces(unsigned char* scratch) : scratch_(scratch) {}
+  explicit Workspace(unsigned char* scratch) : scratch_(scratch) {}
 
   template <typename T>
   T* take(int64_t count) {
@@ -21,7 +21,7 @@ class Pieces {
 };
 
 typedef Vectors<double>::full Doubles;
-typedef int64_t Longs __attribute__((vector_size(HELO_FAST_VECTOR_BYTES)));
+typedef Vectors<double>::words Longs;
 constexpr int64_t kLanes = Vectors<double>::lanes;
 constexpr int64_t kPad = kLanes > 4 ? kLanes : 4;  // rows are padded to a multiple of it
 
@@ -42,7 +42,7 @@ inline void add_scaled(double* y, double scale, const double* x, int64_t padded_
   for (int64_t k = 0; k < padded_size; k += kLanes) store(y + k, load<Doubles>(y + k) + scale * load<Doubles>(x + k));
 }
 
-inline Doubles only_where(Longs condition, Doubles v) { return bits<Doubles>(bits<Longs>(v) & condition); }
+HELO_FAST_INLINE Doubles only_where(Longs condition, Doubles v) { return bits<Doubles>(bits<Longs>(v) & condition); }
 
 // Row i of a problem's matrix, in double, padded with 0.
 template <typename scalar>

@@ -28,19 +28,19 @@ template <typename scalar>
 class ImplicitGradient {
  public:
   ImplicitGradient(const SinkhornGradientArguments<scalar>& x, unsigned char* scratch) : x_(x), np_(padded(x.n)), mp_(padded(x.m)) {
-    Pieces pieces(scratch);
-    for (double** p : {&rows_.mass, &rows_.right, &rows_.solution, &rows_.weight}) *p = pieces.take<double>(np_);
-    for (double** p : {&columns_.mass, &columns_.right, &columns_.solution, &columns_.weight}) *p = pieces.take<double>(mp_);
-    for (double** p : {&plan_row_, &grad_row_, &cost_row_, &residual_, &direction_, &product_}) *p = pieces.take<double>(mp_);
+    Workspace workspace(scratch);
+    for (double** p : {&rows_.mass, &rows_.right, &rows_.solution, &rows_.weight}) *p = workspace.take<double>(np_);
+    for (double** p : {&columns_.mass, &columns_.right, &columns_.solution, &columns_.weight}) *p = workspace.take<double>(mp_);
+    for (double** p : {&plan_row_, &grad_row_, &cost_row_, &residual_, &direction_, &product_}) *p = workspace.take<double>(mp_);
     rows_.size = x.n, rows_.padded_size = np_, rows_.lambda = x.lambda_a;
     columns_.size = x.m, columns_.padded_size = mp_, columns_.lambda = x.lambda_b;
     if (!direct(x.n, x.m)) return;
     const Side& near = x.m > x.n ? rows_ : columns_;
     const Side& far = x.m > x.n ? columns_ : rows_;
-    matrix_ = pieces.take<double>(far.size * near.padded_size);
-    links_ = pieces.take<double>(near.padded_size * near.padded_size);
-    ground_ = pieces.take<double>(near.padded_size);
-    inverse_pivot_ = pieces.take<double>(near.padded_size);
+    matrix_ = workspace.take<double>(far.size * near.padded_size);
+    links_ = workspace.take<double>(near.padded_size * near.padded_size);
+    ground_ = workspace.take<double>(near.padded_size);
+    inverse_pivot_ = workspace.take<double>(near.padded_size);
   }
 
   static int64_t scratch_bytes(int64_t n, int64_t m) {

@@ -39,12 +39,12 @@ class HalfIteration {
     return (2 * rows * stride + kSteps * (rows + stride) + 3 * stride) * 8 + 7 * 64;
   }
 
-  HalfIteration(int64_t rows, int64_t columns, Pieces& pieces) {
+  HalfIteration(int64_t rows, int64_t columns, Workspace& workspace) {
     const int64_t stride = padded(columns);
-    for (double** p : {&P_, &sum_}) *p = pieces.take<double>(rows * stride);
-    row_terms_ = pieces.take<double>(kSteps * rows);
-    column_terms_ = pieces.take<double>(kSteps * stride);
-    for (double** p : {&flow_, &anchor_, &shift_}) *p = pieces.take<double>(stride);
+    for (double** p : {&P_, &sum_}) *p = workspace.take<double>(rows * stride);
+    row_terms_ = workspace.take<double>(kSteps * rows);
+    column_terms_ = workspace.take<double>(kSteps * stride);
+    for (double** p : {&flow_, &anchor_, &shift_}) *p = workspace.take<double>(stride);
   }
 
   void start(int64_t rows, int64_t columns, const Selection<scalar>& cost, double kappa, double per_epsilon) {
@@ -170,12 +170,12 @@ template <typename scalar>
 class UnrolledGradient {
  public:
   UnrolledGradient(const SinkhornGradientArguments<scalar>& x, unsigned char* scratch)
-      : x_(x), pieces_(scratch), to_rows_(x.n, x.m, pieces_), to_columns_(x.m, x.n, pieces_) {
-    for (double** p : {&log_a_, &phi_, &phi_bar_, &d_log_a_}) *p = pieces_.take<double>(x.n);
-    for (double** p : {&log_b_, &gamma_, &gamma_bar_, &d_log_b_}) *p = pieces_.take<double>(x.m);
-    for (double** p : {&plan_row_, &grad_row_, &cost_row_}) *p = pieces_.take<double>(padded(x.m));
-    rows_ = pieces_.take<int64_t>(x.n);
-    columns_ = pieces_.take<int64_t>(x.m);
+      : x_(x), workspace_(scratch), to_rows_(x.n, x.m, workspace_), to_columns_(x.m, x.n, workspace_) {
+    for (double** p : {&log_a_, &phi_, &phi_bar_, &d_log_a_}) *p = workspace_.take<double>(x.n);
+    for (double** p : {&log_b_, &gamma_, &gamma_bar_, &d_log_b_}) *p = workspace_.take<double>(x.m);
+    for (double** p : {&plan_row_, &grad_row_, &cost_row_}) *p = workspace_.take<double>(padded(x.m));
+    rows_ = workspace_.take<int64_t>(x.n);
+    columns_ = workspace_.take<int64_t>(x.m);
   }
 
   static int64_t scratch_bytes(int64_t n, int64_t m) {
@@ -273,7 +273,7 @@ class UnrolledGradient {
   }
 
   const SinkhornGradientArguments<scalar>& x_;
-  Pieces pieces_;
+  Workspace workspace_;
   HalfIteration<scalar> to_rows_, to_columns_;  // from gamma to phi; from phi to gamma
   int64_t n_ = 0, m_ = 0;                       // rows and columns with mass
   int64_t *rows_, *columns_;                    // where it is
