@@ -94,8 +94,7 @@ class HalfIteration {
       unsafe |= !(shift_[j] < limit) | !(shift_[j] > -limit);
     }
     if (unsafe) return false;
-    for (int64_t j = 0; j < stride_; ++j) v[j] = exp_vectorised(shift_[j]);
-    for (int64_t j = columns_; j < stride_; ++j) v[j] = 0;
+    for (int64_t k = 0; k < stride_; k += kLanes) store(v + k, exp_vectorised(load<Doubles>(shift_ + k)));  // 0 in the padding
     return true;
   }
 
@@ -110,10 +109,13 @@ class HalfIteration {
         shift_[j] = potential[j] - cost_(i, j) * per_epsilon_;
         top = top < shift_[j] ? shift_[j] : top;
       }
-      for (int64_t j = 0; j < stride_; ++j) P[j] = exp_vectorised(shift_[j] - top);
-      double total = 0;
-      for (int64_t j = 0; j < columns_; ++j) total += P[j];
-      const double inverse = 1 / total;
+      Doubles total = {};
+      for (int64_t k = 0; k < stride_; k += kLanes) {
+        const Doubles terms = exp_vectorised(load<Doubles>(shift_ + k) - top);
+        store(P + k, terms);
+        total += terms;
+      }
+      const double inverse = 1 / sum_of<double>(total);
       for (int64_t j = 0; j < stride_; ++j) P[j] *= inverse;
     }
   }
