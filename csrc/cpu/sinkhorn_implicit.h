@@ -20,9 +20,9 @@
 namespace {
 namespace HELO_FAST_SET {
 
-constexpr int64_t kDirect = 256;    // nodes that elimination serves
+constexpr int64_t kDirect = 256;      // nodes that elimination serves: where it takes as long as conjugate gradients
 constexpr double kTolerance = 1e-13;  // of conjugate gradients, on the residual
-constexpr double kNoLink = 1e-15;    // of a node's mass: a conductance below is rounding
+constexpr double kNoLink = 1e-15;     // of a node's mass: a conductance below is rounding
 
 template <typename scalar>
 class ImplicitGradient {
@@ -334,8 +334,8 @@ class ImplicitGradient {
   int64_t np_, mp_;
   Side rows_, columns_;
   double *plan_row_, *grad_row_, *cost_row_, *residual_, *direction_, *product_;  // [mp]
-  double *matrix_ = nullptr, *links_ = nullptr;                               // [far, near], [near, near]
-  double *ground_ = nullptr, *inverse_pivot_ = nullptr;                       // [near]
+  double *matrix_ = nullptr, *links_ = nullptr;                                   // [far, near], [near, near]
+  double *ground_ = nullptr, *inverse_pivot_ = nullptr;                           // [near]
 };
 
 template <typename scalar>

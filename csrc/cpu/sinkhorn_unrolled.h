@@ -163,9 +163,9 @@ class HalfIteration {
   Selection<scalar> cost_ = {};
   double kappa_ = 1, per_epsilon_ = 1;
   bool built_ = false;
-  double *P_, *sum_;                  // [rows, stride]
-  double *row_terms_, *column_terms_; // [kSteps, rows], [kSteps, stride]
-  double *flow_, *anchor_, *shift_;   // [stride]; anchor: the potential that P was built with
+  double *P_, *sum_;                   // [rows, stride]
+  double *row_terms_, *column_terms_;  // [kSteps, rows], [kSteps, stride]
+  double *flow_, *anchor_, *shift_;    // [stride]; anchor: the potential that P was built with
 };
 
 template <typename scalar>
@@ -276,10 +276,10 @@ class UnrolledGradient {
 
   const SinkhornGradientArguments<scalar>& x_;
   Workspace workspace_;
-  HalfIteration<scalar> to_rows_, to_columns_;  // from gamma to phi; from phi to gamma
-  int64_t n_ = 0, m_ = 0;                       // rows and columns with mass
-  int64_t *rows_, *columns_;                    // where it is
-  double *log_a_, *phi_, *phi_bar_, *d_log_a_;  // [n]; the potentials with the log marginals
+  HalfIteration<scalar> to_rows_, to_columns_;      // from gamma to phi; from phi to gamma
+  int64_t n_ = 0, m_ = 0;                           // rows and columns with mass
+  int64_t *rows_, *columns_;                        // where it is
+  double *log_a_, *phi_, *phi_bar_, *d_log_a_;      // [n]; the potentials with the log marginals
   double *log_b_, *gamma_, *gamma_bar_, *d_log_b_;  // [m]
   double *plan_row_, *grad_row_, *cost_row_;        // [m], padded
 };
