@@ -22,7 +22,7 @@ namespace HELO_FAST_SET {
 
 constexpr int64_t kPairBytes = 60000;   // scratch of one problem, half of it costs, so that two K stay near
 constexpr int64_t kCacheBytes = 16384;  // of K, so that two passes over it cost what one does
-constexpr double kRange = 1e8;         // an entry of K that underflows is then below 1e-21 of its row
+constexpr double kRange = 1e8;          // an entry of K that underflows is then below 1e-21 of its row
 
 template <typename scalar>
 class SinkhornSolver {
@@ -100,9 +100,9 @@ class SinkhornSolver {
     int64_t rows, columns, slices;
   };
   struct Slice {
-    scalar *partial;  // [columns / width, lanes] parts of w, or [columns] of what is reduced over rows
-    scalar *terms;    // [columns] of a row
-    wide_piece spent;       // parts of <plan, cost>
+    scalar* partial;   // [columns / width, lanes] parts of w, or [columns] of what is reduced over rows
+    scalar* terms;     // [columns] of a row
+    wide_piece spent;  // parts of <plan, cost>
     bool safe;
   };
   static constexpr int64_t kBlockGroups = HELO_FAST_VECTOR_BYTES == 64 ? 12 / width : 8 / width;  // sums and weights fit the registers
@@ -286,177 +286,23 @@ class SinkhornSolver {
     build();
   }
 
-  HELO_FAST_INLINE void step_columns() {
-    Check check = new_check();
-    const bool hard = hard_columns_;
-    for (int64_t j = 0; j < mp_; j += lanes) check.see(rescale(hard, load<full>(w_ + j), v_, b_, log_b_, psi_, x_.kappa_b, j));
-    if (check.passed()) return;
-    exact_columns();
-    absorb();
-  }
-
-  // u = a / (K v), then w = K' u: for problems in cache, in two steps; whether u is safe.
-  HELO_FAST_INLINE bool sum_rows() {
-    Check check = new_check();
-    for (int64_t group = 0; group < groups_; group += kBlockGroups)
-      with_depth(block_depth(group), [&](auto deep) HELO_FAST_LAMBDA { sum_block<deep>(group, check); });
-    return check.passed();
-  }
-
-  HELO_FAST_INLINE bool add_rows() {
-    scalar* w = slices_[0].partial;
-    for (int64_t group = 0; group < groups_; group += kBlockGroups)
-      with_depth(block_depth(group), [&](auto deep) HELO_FAST_LAMBDA { add_block<deep>(group, group == 0, w); });
-    finish_columns(w);
-    return u_safe_;
-  }
-
-  // The same for all others, in one pass over K.
-  bool step_rows() {
-    for_slices([&](Slice& slice, int64_t first, int64_t last) {
-      Check check = new_check();
-      if (block_groups_ == 1)
-        step_long_rows(first, last, slice.partial, check);
-      else
-        for (int64_t group = first; group < last; group += kBlockGroups)
-          with_depth(block_depth(group), [&](auto deep) {
-            sum_block<deep>(group, check);
-            add_block<deep>(group, group == first, slice.partial);
-          });
-      slice.safe = check.passed();
-    });
-    bool safe = slices_[0].safe;
-    for (int64_t s = 1; s < slice_count_; ++s) {
-      safe &= slices_[s].safe;
-      for (int64_t i = 0; i < chunks_ * lanes; i += lanes)
-        store(slices_[0].partial + i, load<full>(slices_[0].partial + i) + load<full>(slices_[s].partial + i));
-    }
-    finish_columns(slices_[0].partial);
-    return safe;
-  }
-
-  HELO_FAST_INLINE void finish_columns(scalar* parts) {
-    for (int64_t c = chunks_; c < mp_ / width; ++c) store(parts + c * lanes, full{});
-    for (int64_t j = 0; j < mp_; j += lanes) store(w_ + j, P::piece_sums(parts + j * P::count) + load<full>(empty_column_ + j));
-  }
-
-  // u = a / (K v)
+  // Passes over K, in sinkhorn_sweeps.h.
+  void step_columns();
+  bool sum_rows();
+  bool add_rows();
+  bool step_rows();
+  void step_long_rows(int64_t first, int64_t last, scalar* w, Check& check);
+  void finish_columns(scalar* parts);
   template <int deep>
-  HELO_FAST_INLINE void sum_block(int64_t group, Check& check) {
-    constexpr int sets = (deep + int(width) - 1) / int(width);
-    full sums[sets * width] = {};
-    sweep<0, deep, true>(nullptr, nullptr, nullptr, bricks(group), sums);
-#pragma GCC unroll 8
-    for (int set = 0; set < sets; ++set) scale(group + set, sums + set * width, check);
-  }
-
-  // w += K' u
+  void sum_block(int64_t group, Check& check);
   template <int deep>
-  HELO_FAST_INLINE void add_block(int64_t group, bool fresh, scalar* w) const {
-    constexpr int sets = (deep + int(width) - 1) / int(width);
-    full weights[sets * width];
-#pragma GCC unroll 8
-    for (int set = 0; set < sets; ++set) spread(load<full>(u_ + (group + set) * lanes), weights + set * width);
-    if (fresh)
-      sweep<deep, 0, true>(bricks(group), weights, w, nullptr, nullptr);
-    else
-      sweep<deep, 0, false>(bricks(group), weights, w, nullptr, nullptr);
-  }
-
-  // Where rows are long, a sweep adds one group's part to w, from the first-level cache, while the next group arrives in it.
-  void step_long_rows(int64_t first, int64_t last, scalar* w, Check& check) {
-    full sums[width] = {}, weights[width];
-    for (int64_t c = 0; c < chunks_; ++c) store(w + c * lanes, full{});
-    with_depth<width>(depth(first), [&](auto next) { sweep<0, next, false>(nullptr, weights, w, bricks(first), sums); });
-    for (int64_t group = first; group < last; ++group) {
-      spread(scale(group, sums, check), weights);
-      for (full& sum : sums) sum = full{};
-      if (group + 1 < last)
-        with_depth<width>(
-            depth(group + 1), [&](auto next) { sweep<width, next, false>(bricks(group), weights, w, bricks(group + 1), sums); });
-      else
-        with_depth<width>(depth(group), [&](auto deep) { sweep<deep, 0, false>(bricks(group), weights, w, nullptr, sums); });
-    }
-  }
-
-  // call(depth as a constant)
-  template <int most = kBlockGroups * width, typename Call>
-  static HELO_FAST_INLINE void with_depth(int64_t depth, const Call& call) {
-    switch (depth) {
-#define HELO_FAST_DEPTH(deep) \
-  case deep:                  \
-    if constexpr (deep < most) return call(std::integral_constant<int, deep>());
-      HELO_FAST_DEPTH(1)
-      HELO_FAST_DEPTH(2)
-      HELO_FAST_DEPTH(3)
-      HELO_FAST_DEPTH(4)
-      HELO_FAST_DEPTH(5)
-      HELO_FAST_DEPTH(6)
-      HELO_FAST_DEPTH(7)
-      HELO_FAST_DEPTH(8)
-      HELO_FAST_DEPTH(9)
-      HELO_FAST_DEPTH(10)
-      HELO_FAST_DEPTH(11)
-#undef HELO_FAST_DEPTH
-      default: return call(std::integral_constant<int, most>());
-    }
-  }
-
-  // w (from nothing where fresh) += K' u of bricks `deep` deep; sums += K_next v of bricks `next` deep.
+  void add_block(int64_t group, bool fresh, scalar* w) const;
   template <int deep, int next, bool fresh>
-  HELO_FAST_INLINE void sweep(const scalar* K, const full* weights, scalar* w, const scalar* K_next, full* sums) const {
-    const scalar *v = v_, *const end = v + chunks_ * width;
-    for (; v < end; v += width) {
-      if constexpr (next > 0) {
-        const full vc = P::repeat(v);
-#pragma GCC unroll 16
-        for (int k = 0; k < next; ++k) sums[k] += load<full>(K_next + k * lanes) * vc;
-        K_next += next * lanes;
-      }
-      if constexpr (deep > 0) {
-        full sum = load<full>(K) * weights[0], more = fresh ? full{} : load<full>(w);
-#pragma GCC unroll 16
-        for (int k = 1; k < deep; ++k) (k % 2 ? more : sum) += load<full>(K + k * lanes) * weights[k];
-        store(w, sum + more);
-        K += deep * lanes;
-        w += lanes;
-      }
-    }
-  }
-
-  HELO_FAST_INLINE full scale(int64_t group, const full* sums, Check& check) {
-    const int64_t slot = group * lanes;
-    const full u = rescale(hard_rows_, P::transposed_sums(sums) + load<full>(empty_row_ + slot), u_, a_, log_a_, phi_, x_.kappa_a, slot);
-    check.see(u);
-    return u;
-  }
-
-  // Each brick's part of u.
-  static HELO_FAST_INLINE void spread(full u, full* weights) {
-    weights[0] = P::template spread<0>(u);
-    weights[1] = P::template spread<1>(u);
-    if constexpr (width == 4) {
-      weights[2] = P::template spread<2>(u);
-      weights[3] = P::template spread<3>(u);
-    }
-  }
-
-  // scalings[at...] = mass * exp((kappa - 1) * potential) * sums^-kappa
-  static HELO_FAST_INLINE full rescale(
-      bool hard, full sums, scalar* scalings, const scalar* mass, const double* log_mass, const double* potential, double kappa, int64_t at) {
-    const full result = hard ? load<full>(mass + at) / sums : damped(sums, log_mass + at, potential + at, kappa);
-    store(scalings + at, result);
-    return result;
-  }
-
-  static __attribute__((noinline)) full damped(full sums, const double* log_mass, const double* potential, double kappa) {
-    full result;
-    for (int64_t i = 0; i < lanes; ++i) {
-      const double x = log_mass[i] + (kappa - 1) * potential[i] - kappa * log_vectorised(double(sums[i]));
-      result[i] = sums[i] > kTiny ? scalar(exp_vectorised(x < 80 ? x : 80)) : scalar(HUGE_VAL);
-    }
-    return result;
-  }
+  void sweep(const scalar* K, const full* weights, scalar* w, const scalar* K_next, full* sums) const;
+  full scale(int64_t group, const full* sums, Check& check);
+  static full rescale(
+      bool hard, full sums, scalar* scalings, const scalar* mass, const double* log_mass, const double* potential, double kappa, int64_t at);
+  static full damped(full sums, const double* log_mass, const double* potential, double kappa);
 
   // The same half-iterations as log-sum-exps, into psi and phi.
   void exact_columns() {
@@ -588,6 +434,14 @@ class SinkhornSolver {
   const scalar* cost_;  // [.., mp]
   bool copied_ = false, in_cache_ = false, u_safe_ = true;
 };
+
+}  // namespace HELO_FAST_SET
+}  // namespace
+
+#include "sinkhorn_sweeps.h"
+
+namespace {
+namespace HELO_FAST_SET {
 
 // Two small problems advance in turn, half an iteration each, so that the processor works on one while it waits for the other's sums.
 template <typename scalar>

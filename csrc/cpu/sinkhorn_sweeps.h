@@ -1,0 +1,193 @@
+// The passes of sinkhorn_solver.h over K: how an iteration is spent.
+
+namespace {
+namespace HELO_FAST_SET {
+
+// call(depth as a constant)
+template <int most, typename Call>
+HELO_FAST_INLINE void with_depth(int64_t depth, const Call& call) {
+  switch (depth) {
+#define HELO_FAST_DEPTH(deep) \
+case deep:                  \
+  if constexpr (deep < most) return call(std::integral_constant<int, deep>());
+    HELO_FAST_DEPTH(1)
+    HELO_FAST_DEPTH(2)
+    HELO_FAST_DEPTH(3)
+    HELO_FAST_DEPTH(4)
+    HELO_FAST_DEPTH(5)
+    HELO_FAST_DEPTH(6)
+    HELO_FAST_DEPTH(7)
+    HELO_FAST_DEPTH(8)
+    HELO_FAST_DEPTH(9)
+    HELO_FAST_DEPTH(10)
+    HELO_FAST_DEPTH(11)
+#undef HELO_FAST_DEPTH
+    default: return call(std::integral_constant<int, most>());
+  }
+}
+
+// Each brick's part of u.
+template <typename scalar>
+HELO_FAST_INLINE void spread(typename Vectors<scalar>::full u, typename Vectors<scalar>::full* weights) {
+  using P = Pieces<scalar>;
+  weights[0] = P::template spread<0>(u);
+  weights[1] = P::template spread<1>(u);
+  if constexpr (P::width == 4) {
+    weights[2] = P::template spread<2>(u);
+    weights[3] = P::template spread<3>(u);
+  }
+}
+
+template <typename scalar>
+HELO_FAST_INLINE void SinkhornSolver<scalar>::step_columns() {
+  Check check = new_check();
+  const bool hard = hard_columns_;
+  for (int64_t j = 0; j < mp_; j += lanes) check.see(rescale(hard, load<full>(w_ + j), v_, b_, log_b_, psi_, x_.kappa_b, j));
+  if (check.passed()) return;
+  exact_columns();
+  absorb();
+}
+
+// u = a / (K v), then w = K' u: for problems in cache, in two steps; whether u is safe.
+template <typename scalar>
+HELO_FAST_INLINE bool SinkhornSolver<scalar>::sum_rows() {
+  Check check = new_check();
+  for (int64_t group = 0; group < groups_; group += kBlockGroups)
+    with_depth<kBlockGroups * width>(block_depth(group), [&](auto deep) HELO_FAST_LAMBDA { sum_block<deep>(group, check); });
+  return check.passed();
+}
+
+template <typename scalar>
+HELO_FAST_INLINE bool SinkhornSolver<scalar>::add_rows() {
+  scalar* w = slices_[0].partial;
+  for (int64_t group = 0; group < groups_; group += kBlockGroups)
+    with_depth<kBlockGroups * width>(block_depth(group), [&](auto deep) HELO_FAST_LAMBDA { add_block<deep>(group, group == 0, w); });
+  finish_columns(w);
+  return u_safe_;
+}
+
+// The same for all others, in one pass over K.
+template <typename scalar>
+bool SinkhornSolver<scalar>::step_rows() {
+  for_slices([&](Slice& slice, int64_t first, int64_t last) {
+    Check check = new_check();
+    if (block_groups_ == 1)
+      step_long_rows(first, last, slice.partial, check);
+    else
+      for (int64_t group = first; group < last; group += kBlockGroups)
+        with_depth<kBlockGroups * width>(block_depth(group), [&](auto deep) {
+          sum_block<deep>(group, check);
+          add_block<deep>(group, group == first, slice.partial);
+        });
+    slice.safe = check.passed();
+  });
+  bool safe = slices_[0].safe;
+  for (int64_t s = 1; s < slice_count_; ++s) {
+    safe &= slices_[s].safe;
+    for (int64_t i = 0; i < chunks_ * lanes; i += lanes)
+      store(slices_[0].partial + i, load<full>(slices_[0].partial + i) + load<full>(slices_[s].partial + i));
+  }
+  finish_columns(slices_[0].partial);
+  return safe;
+}
+
+template <typename scalar>
+HELO_FAST_INLINE void SinkhornSolver<scalar>::finish_columns(scalar* parts) {
+  for (int64_t c = chunks_; c < mp_ / width; ++c) store(parts + c * lanes, full{});
+  for (int64_t j = 0; j < mp_; j += lanes) store(w_ + j, P::piece_sums(parts + j * P::count) + load<full>(empty_column_ + j));
+}
+
+// u = a / (K v)
+template <typename scalar>
+template <int deep>
+HELO_FAST_INLINE void SinkhornSolver<scalar>::sum_block(int64_t group, Check& check) {
+  constexpr int sets = (deep + int(width) - 1) / int(width);
+  full sums[sets * width] = {};
+  sweep<0, deep, true>(nullptr, nullptr, nullptr, bricks(group), sums);
+#pragma GCC unroll 8
+  for (int set = 0; set < sets; ++set) scale(group + set, sums + set * width, check);
+}
+
+// w += K' u
+template <typename scalar>
+template <int deep>
+HELO_FAST_INLINE void SinkhornSolver<scalar>::add_block(int64_t group, bool fresh, scalar* w) const {
+  constexpr int sets = (deep + int(width) - 1) / int(width);
+  full weights[sets * width];
+#pragma GCC unroll 8
+  for (int set = 0; set < sets; ++set) spread<scalar>(load<full>(u_ + (group + set) * lanes), weights + set * width);
+  if (fresh)
+    sweep<deep, 0, true>(bricks(group), weights, w, nullptr, nullptr);
+  else
+    sweep<deep, 0, false>(bricks(group), weights, w, nullptr, nullptr);
+}
+
+// Where rows are long, a sweep adds one group's part to w, from the first-level cache, while the next group arrives in it.
+template <typename scalar>
+void SinkhornSolver<scalar>::step_long_rows(int64_t first, int64_t last, scalar* w, Check& check) {
+  full sums[width] = {}, weights[width];
+  for (int64_t c = 0; c < chunks_; ++c) store(w + c * lanes, full{});
+  with_depth<width>(depth(first), [&](auto next) { sweep<0, next, false>(nullptr, weights, w, bricks(first), sums); });
+  for (int64_t group = first; group < last; ++group) {
+    spread<scalar>(scale(group, sums, check), weights);
+    for (full& sum : sums) sum = full{};
+    if (group + 1 < last)
+      with_depth<width>(
+          depth(group + 1), [&](auto next) { sweep<width, next, false>(bricks(group), weights, w, bricks(group + 1), sums); });
+    else
+      with_depth<width>(depth(group), [&](auto deep) { sweep<deep, 0, false>(bricks(group), weights, w, nullptr, sums); });
+  }
+}
+
+// w (from nothing where fresh) += K' u of bricks `deep` deep; sums += K_next v of bricks `next` deep.
+template <typename scalar>
+template <int deep, int next, bool fresh>
+HELO_FAST_INLINE void SinkhornSolver<scalar>::sweep(const scalar* K, const full* weights, scalar* w, const scalar* K_next, full* sums) const {
+  const scalar *v = v_, *const end = v + chunks_ * width;
+  for (; v < end; v += width) {
+    if constexpr (next > 0) {
+      const full vc = P::repeat(v);
+#pragma GCC unroll 16
+      for (int k = 0; k < next; ++k) sums[k] += load<full>(K_next + k * lanes) * vc;
+      K_next += next * lanes;
+    }
+    if constexpr (deep > 0) {
+      full sum = load<full>(K) * weights[0], more = fresh ? full{} : load<full>(w);
+#pragma GCC unroll 16
+      for (int k = 1; k < deep; ++k) (k % 2 ? more : sum) += load<full>(K + k * lanes) * weights[k];
+      store(w, sum + more);
+      K += deep * lanes;
+      w += lanes;
+    }
+  }
+}
+
+template <typename scalar>
+HELO_FAST_INLINE typename SinkhornSolver<scalar>::full SinkhornSolver<scalar>::scale(int64_t group, const full* sums, Check& check) {
+  const int64_t slot = group * lanes;
+  const full u = rescale(hard_rows_, P::transposed_sums(sums) + load<full>(empty_row_ + slot), u_, a_, log_a_, phi_, x_.kappa_a, slot);
+  check.see(u);
+  return u;
+}
+
+// scalings[at...] = mass * exp((kappa - 1) * potential) * sums^-kappa
+template <typename scalar>
+HELO_FAST_INLINE typename SinkhornSolver<scalar>::full SinkhornSolver<scalar>::rescale(
+    bool hard, full sums, scalar* scalings, const scalar* mass, const double* log_mass, const double* potential, double kappa, int64_t at) {
+  const full result = hard ? load<full>(mass + at) / sums : damped(sums, log_mass + at, potential + at, kappa);
+  store(scalings + at, result);
+  return result;
+}
+
+template <typename scalar>
+__attribute__((noinline)) typename SinkhornSolver<scalar>::full SinkhornSolver<scalar>::damped(full sums, const double* log_mass, const double* potential, double kappa) {
+  full result;
+  for (int64_t i = 0; i < lanes; ++i) {
+    const double x = log_mass[i] + (kappa - 1) * potential[i] - kappa * log_vectorised(double(sums[i]));
+    result[i] = sums[i] > kTiny ? scalar(exp_vectorised(x < 80 ? x : 80)) : scalar(HUGE_VAL);
+  }
+  return result;
+}
+
+}  // namespace HELO_FAST_SET
+}  // namespace
