@@ -102,3 +102,36 @@ SINKHORN_CASES: dict[str, Callable[..., dict]] = {
     "zero_mass": _zero_mass,
     "ragged": _ragged,
 }
+
+MASSES = ("uniform", "random", "spiky", "geometric")
+COSTS = ("uniform", "signed", "squared_distance", "six_decades", "blocks")
+
+
+def hard_masses(kind: str, batch: int, size: int, generator: torch.Generator) -> Tensor:
+    """[batch, size] of sum 1, float64: "spiky" and "geometric" go down to 1e-12."""
+    if kind == "uniform":
+        mass = torch.ones(batch, size, dtype=torch.float64)
+    else:
+        mass = torch.rand(batch, size, generator=generator, dtype=torch.float64) + 0.1
+    if kind == "spiky":
+        mass = mass * torch.where(torch.rand(batch, size, generator=generator) < 0.6, 1e-12, 1.0)
+    elif kind == "geometric":
+        mass = mass * 10 ** (-12 * torch.rand(batch, size, generator=generator, dtype=torch.float64))
+    if kind in ("spiky", "geometric"):
+        mass[:, size // 2] = 1
+    return mass / mass.sum(-1, keepdim=True)
+
+
+def hard_cost(kind: str, batch: int, n: int, m: int, generator: torch.Generator) -> Tensor:
+    """[batch, n, m] of size 1, float64 with float32 digits: "six_decades" spans 1e-6 to 1, "blocks" is 0 or 1 and a little noise."""
+    cost = torch.rand(batch, n, m, generator=generator, dtype=torch.float64)
+    if kind == "signed":
+        cost = 2 * cost - 1
+    elif kind == "squared_distance":
+        points = torch.rand(batch, n + m, 1, generator=generator, dtype=torch.float64)
+        cost = (points[:, :n] - points[:, n:].mT).square()
+    elif kind == "six_decades":
+        cost = 10 ** (-6 * cost)
+    elif kind == "blocks":
+        cost = 0.01 * cost + (torch.arange(n).unsqueeze(-1) % 3 != torch.arange(m) % 3)
+    return cost.float().double()
