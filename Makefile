@@ -8,7 +8,7 @@ STAMP  := $(VENV)/.helo-fast-installed
 NATIVE := $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.cu csrc/*/*.h)
 
 .DEFAULT_GOAL := help
-.PHONY: help install lint test demo bench performance clean
+.PHONY: help install lint test sanitize demo bench performance clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -30,6 +30,9 @@ lint: $(STAMP)  ## ruff: style and formatting
 test: $(STAMP)  ## the whole test suite, doctests included
 	$(BIN)/pytest tests $(PYTEST)
 	$(BIN)/pytest --doctest-modules helo_fast -q
+
+sanitize: $(STAMP)  ## the cpp back end's tests on a build with AddressSanitizer and UndefinedBehaviorSanitizer
+	$(BIN)/python tests/sanitize.py
 
 demo: $(STAMP)  ## train on embedded synthetic data, under five minutes on two cores
 	$(BIN)/helo-fast train --data synthetic --optimizer.lr 1e-3 --epochs 25 --folds S01 S02 S03 S04 --out $(OUT) --overwrite

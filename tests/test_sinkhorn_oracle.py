@@ -61,7 +61,8 @@ def extended(cost, a, b, epsilon, max_iter, tau_a=None, tau_b=None):
     plan = a[:, :, None] * b[:, None] * np.exp((f[:, :, None] + g[:, None] - cost) / epsilon)
     target = b if tau_b is None else b * np.exp(-g / tau_b)
     values = plan, f, g, (plan * cost).sum((1, 2)), np.abs(plan.sum(1) - target).sum(1)
-    return {name: torch.from_numpy(value.astype(np.float64)) for name, value in zip(VALUES, values)}
+    with np.errstate(over="ignore"):
+        return {name: torch.from_numpy(value.astype(np.float64)) for name, value in zip(VALUES, values)}
 
 
 def check(backend, dtype, exact, cost, a, b, names=VALUES, **options):
@@ -224,9 +225,8 @@ def known_flaw(request, backend):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("tau_a", (None, 1.0), ids=str)
-def test_kernel_entries_past_the_largest_number(backend, tau_a, dtype, known_flaw):
+def test_kernel_entries_past_the_largest_number(backend, tau_a, dtype):
     """With tau_b small the column half-step leaves exp(-cost / epsilon) as it is, for the row half-step to mend."""
-    known_flaw("exp_vectorised wraps around above 88 (double: 709): entries come out small, or negative")
     lowest = -355.0 if dtype == torch.float32 else -1419.5
     cost = torch.tensor([[[lowest, 0.0], [0.0, 0.0]]], dtype=torch.float64)
     half = torch.full((1, 2), 0.5, dtype=torch.float64)

@@ -25,7 +25,9 @@ def backend(request, device_for):
 
 
 @st.composite
-def problems(draw, dtypes=DTYPES, powers=(-4, 1), scales=(1e-3, 1.0, 1e6), taus=TAUS, holes=True, batches=(1, 4), costs=COSTS, masses=MASSES):
+def problems(
+    draw, dtypes=DTYPES, powers=(-4, 1), scales=(1e-3, 1.0, 1e6), taus=TAUS, holes=True, batches=(1, 4), costs=COSTS, masses=MASSES
+):
     """Keyword arguments of sinkhorn: a batch whose problems differ a thousandfold in difficulty."""
     batch, n, m = draw(st.integers(*batches)), draw(st.sampled_from(SIZES)), draw(st.sampled_from(SIZES))
     generator = torch.Generator().manual_seed(draw(st.integers(0, 2**32)))
@@ -234,7 +236,13 @@ def test_rows_and_columns_without_mass_are_as_if_absent(backend, arguments):
         assert torch.allclose(other.transport_cost, result.transport_cost, rtol=1e-6, atol=relative * arguments["cost"].abs().amax().item())
 
 
-@given(size=st.sampled_from(SIZES), dtype=st.sampled_from(DTYPES), kind=st.sampled_from(MASSES), power=st.floats(-4, 1), seed=st.integers(0, 99))
+@given(
+    size=st.sampled_from(SIZES),
+    dtype=st.sampled_from(DTYPES),
+    kind=st.sampled_from(MASSES),
+    power=st.floats(-4, 1),
+    seed=st.integers(0, 99),
+)
 @every_problem
 def test_one_row_or_one_column_has_one_plan(backend, size, dtype, kind, power, seed):
     generator = torch.Generator().manual_seed(seed)

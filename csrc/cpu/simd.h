@@ -63,14 +63,14 @@ struct Exponential;
 
 template <>
 struct Exponential<float> {
-  static constexpr float lowest = -87.0f, per_log2 = 1.44269504f, whole = 12582912.0f, log2_high = 0.693359375f, log2_low = -2.12194440e-4f;
+  static constexpr float lowest = -87.0f, highest = 89.0f, per_log2 = 1.44269504f, whole = 12582912.0f, log2_high = 0.693359375f, log2_low = -2.12194440e-4f;
   static constexpr int mantissa = 23, one = 0x3f800000;
   static constexpr float terms[] = {1.9875691500e-4f, 1.3981999507e-3f, 8.3334519073e-3f, 4.1665795894e-2f, 1.6666665459e-1f, 5.0000001201e-1f};
 };
 
 template <>
 struct Exponential<double> {
-  static constexpr double lowest = -700.0, per_log2 = 1.4426950408889634, whole = 6755399441055744.0;
+  static constexpr double lowest = -700.0, highest = 710.0, per_log2 = 1.4426950408889634, whole = 6755399441055744.0;
   static constexpr double log2_high = 6.93147180369123816490e-01, log2_low = 1.90821492927058770002e-10;
   static constexpr int mantissa = 52;
   static constexpr int64_t one = 0x3ff0000000000000;
@@ -79,15 +79,16 @@ struct Exponential<double> {
       1.0 / 5040.0,       1.0 / 720.0,       1.0 / 120.0,      1.0 / 24.0,      1.0 / 6.0,      0.5};
 };
 
-// exp for arguments up to 88 (700 in double), scalar or vector, without branches; 0 below the normal numbers. 2 ulp.
+// exp, scalar or vector, without branches; 0 below the normal numbers, infinity near the largest and above. 2 ulp.
 // x = k ln 2 + r: 2^k goes into the exponent, e^r is a polynomial; adding and subtracting 1.5 * 2^mantissa rounds to whole k.
 template <typename scalar, typename words, typename number>
 HELO_FAST_INLINE number exp_of(number x) {
   using E = Exponential<scalar>;
-  const number low = x < E::lowest ? number{} + E::lowest : x;
-  const number shifted = low * E::per_log2 + E::whole;
+  const number high = x > E::highest ? number{} + E::highest : x;
+  const number within = high < E::lowest ? number{} + E::lowest : high;
+  const number shifted = within * E::per_log2 + E::whole;
   const number k = shifted - E::whole;
-  const number r = (low - k * E::log2_high) - k * E::log2_low;
+  const number r = (within - k * E::log2_high) - k * E::log2_low;
   number p = r * E::terms[0] + E::terms[1];
 #pragma GCC unroll 16
   for (size_t i = 2; i < sizeof(E::terms) / sizeof(scalar); ++i) p = p * r + E::terms[i];
@@ -96,16 +97,16 @@ HELO_FAST_INLINE number exp_of(number x) {
   return x < E::lowest ? number{} : p * scale;
 }
 
-inline float exp_vectorised(float x) { return exp_of<float, int32_t>(x); }
-inline double exp_vectorised(double x) { return exp_of<double, int64_t>(x); }
-HELO_FAST_INLINE Vectors<float>::full exp_vectorised(Vectors<float>::full x) { return exp_of<float, Vectors<float>::words>(x); }
-HELO_FAST_INLINE Vectors<double>::full exp_vectorised(Vectors<double>::full x) { return exp_of<double, Vectors<double>::words>(x); }
+inline float exp_vectorised(float x) { return exp_of<float, uint32_t>(x); }
+inline double exp_vectorised(double x) { return exp_of<double, uint64_t>(x); }
+HELO_FAST_INLINE Vectors<float>::full exp_vectorised(Vectors<float>::full x) { return exp_of<float, Vectors<float>::unsigned_words>(x); }
+HELO_FAST_INLINE Vectors<double>::full exp_vectorised(Vectors<double>::full x) { return exp_of<double, Vectors<double>::unsigned_words>(x); }
 
 // log of normal positive numbers, in the same way: x = 2^k z with z in [sqrt(1/2), sqrt(2)), log z = 2 atanh((z - 1) / (z + 1)). 2 ulp.
 inline double log_vectorised(double x) {
   const int64_t above = bits<int64_t>(x) - 0x3fe6a09e667f3bcd;  // sqrt(1/2)
   const int64_t k = above >> 52;
-  const double z = bits<double>(bits<int64_t>(x) - (k << 52));
+  const double z = bits<double>(bits<uint64_t>(x) - (uint64_t(k) << 52));
   const double s = (z - 1.0) / (z + 1.0), q = s * s;
   double p = 1.0 / 23.0;  // Taylor: the next term is below 1e-18
   for (int i = 21; i >= 3; i -= 2) p = p * q + 1.0 / i;
