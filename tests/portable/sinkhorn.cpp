@@ -7,6 +7,8 @@
 #include <cstdlib>
 #include <cstring>
 #include <new>
+#include <type_traits>
+#include <utility>
 #include <vector>
 
 #include "cpu/sinkhorn_problem.h"
@@ -37,7 +39,7 @@ void solve(const SinkhornKernel<scalar>& kernel) {
   x.n = n, x.m = m, x.max_iter = sizes[3], x.check_every = 10, x.tol = -1;
   x.epsilon = options[0], x.kappa_a = options[1], x.kappa_b = options[2], x.slope_b = options[3];
   auto* scratch = static_cast<unsigned char*>(::operator new(kernel.scratch_bytes(n, m), std::align_val_t(64)));
-  kernel.solve(x, 0, batch, scratch);
+  kernel.solve(x, 0, batch, scratch, nullptr);
   ::operator delete(scratch, std::align_val_t(64));
   for (const auto* values : {&plan, &f, &g}) std::fwrite(values->data(), sizeof(scalar), values->size(), stdout);
 }
