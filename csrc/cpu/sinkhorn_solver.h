@@ -161,7 +161,7 @@ class SinkhornSolver {
   // The costs between what holds mass, in rows of whole vectors: where they do not stand so already, they are copied.
   void load_costs() {
     const scalar* from = x_.cost + problem_ * x_.n * x_.m;
-    copied_ = mp_ != x_.m;
+    copied_ = m_ != x_.m || mp_ != m_;
     if (!copied_) {
       cost_ = from;
       return;
