@@ -43,6 +43,12 @@ STABLE_TORCH_LIBRARY(helo_fast_cpu, m) {
       "sinkhorn_unrolled_bwd(Tensor cost, Tensor a, Tensor b, Tensor plan, Tensor history, Tensor n_iter, Tensor? grad_plan, "
       "Tensor? grad_f, Tensor? grad_g, Tensor? grad_transport_cost, float epsilon, float? tau_a, float? tau_b) "
       "-> (Tensor d_cost, Tensor d_a, Tensor d_b)");
+  m.def(
+      "lcd_attention_fwd(Tensor q, Tensor k, Tensor v, Tensor? bias, Tensor? seed, float scale, int drop_below, int cut_below, "
+      "float rescale) -> (Tensor out, Tensor lse)");
+  m.def(
+      "lcd_attention_bwd(Tensor grad_out, Tensor q, Tensor k, Tensor v, Tensor? bias, Tensor out, Tensor lse, Tensor? seed, "
+      "float scale, int drop_below, int cut_below, float rescale, bool bias_grad) -> (Tensor dq, Tensor dk, Tensor dv, Tensor dbias)");
   m.def("cpu_capability() -> str");
 }
 

@@ -13,7 +13,7 @@ import helo_fast
 from helo_fast import _registry
 from helo_fast.ops.attention import api, lcd_attention, reference
 
-BACKENDS = ["eager"]  # a new back end joins every test here
+BACKENDS = ["eager", "cpp"]  # a new back end joins every test here
 P = {"dropkey_p": 0.5, "dropout_p": 0.3, "seed": 17}
 BIASES = {"n m": (5, 6), "B n m": (3, 5, 6), "B 1 n m": (3, 1, 5, 6), "1 H n m": (1, 2, 5, 6), "B H n m": (3, 2, 5, 6)}
 
@@ -113,6 +113,7 @@ def test_opcheck(backend, shared, bias, dtype):
 @pytest.mark.parametrize("bias", ["n m", "B n m"])
 def test_compiles_to_one_graph(backend, shared, bias):
     options = {**P, "scale": 0.3, "backend": backend}
+    torch._dynamo.reset()  # each case recompiles the same lambda
     compiled = torch.compile(lambda *x: lcd_attention(*x, **options), fullgraph=True, dynamic=True, backend="aot_eager")
     for B in (2, 3, 7):
         inputs = make(bias, B=B, dtype=torch.float32)

@@ -1,0 +1,138 @@
+// lcd_attention on the CPU, the torch side: allocates, picks the instruction set, spreads heads over threads.
+// The algorithm stands in attention_kernel.h.
+//
+// No result depends on the number of threads: what several heads add to (the gradients of a shared query or bias) is added up by
+// tasks whose extent depends on the shapes alone, and the tasks' sums in their order.
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+#include <torch/headeronly/util/Exception.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <initializer_list>
+#include <optional>
+#include <tuple>
+
+#include "attention_problem.h"
+#include "capability.h"
+#include "problems.h"
+
+#define HELO_FAST_KERNEL "attention_kernel.h"
+#include "each_set.h"
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+namespace {
+
+constexpr int64_t kMostTasks = 64;                // that add to one gradient
+constexpr int64_t kMostPartials = int64_t(1) << 24;  // entries of their sums together, or one task's where that is more
+
+Storage storage(const Tensor& t) {
+  switch (t.scalar_type()) {
+    case ScalarType::Double: return Storage::float64;
+    case ScalarType::Half: return Storage::float16;
+    case ScalarType::BFloat16: return Storage::bfloat16;
+    default: return Storage::float32;
+  }
+}
+
+View view(const Tensor& t) {
+  const auto stride = [&](int64_t dim) { return t.size(dim) == 1 ? 0 : t.stride(dim); };
+  return {static_cast<unsigned char*>(t.data_ptr()), storage(t), stride(0), stride(1), t.stride(2), t.dim() == 4 ? t.stride(3) : 1};
+}
+
+ScalarType compute_type(const Tensor& t) { return t.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float; }
+
+const AttentionKernel& kernel(const Tensor& t) {
+  return t.scalar_type() == ScalarType::Double ? pick(baseline::attention<double>, avx2::attention<double>, avx512::attention<double>)
+                                               : pick(baseline::attention<float>, avx2::attention<float>, avx512::attention<float>);
+}
+
+AttentionArguments arguments(const Tensor& q, const Tensor& k, const Tensor& v, const std::optional<Tensor>& bias,
+                             const std::optional<Tensor>& seed, double scale, int64_t drop_below, int64_t cut_below, double rescale) {
+  AttentionArguments x{};
+  x.B = k.size(0), x.H = k.size(1), x.n = q.size(2), x.m = k.size(2), x.d = q.size(3);
+  x.q = view(q), x.k = view(k), x.v = view(v);
+  if (bias) x.bias = view(*bias);
+  x.scale = scale, x.rescale = rescale;
+  x.masked = seed && (drop_below > 0 || cut_below > 0);
+  if (x.masked) x.seed = static_cast<uint64_t>(*static_cast<const int64_t*>(seed->const_data_ptr()));
+  x.drop_below = static_cast<uint32_t>(drop_below), x.cut_below = static_cast<uint32_t>(cut_below);
+  return x;
+}
+
+std::tuple<Tensor, Tensor> lcd_attention_fwd(
+    const Tensor& q,                      // [B or 1, H, n, d]
+    const Tensor& k, const Tensor& v,     // [B, H, m, d]
+    const std::optional<Tensor>& bias,    // [B or 1, H or 1, n, m]
+    const std::optional<Tensor>& seed,    // int64, one element
+    double scale, int64_t drop_below, int64_t cut_below, double rescale) {
+  AttentionArguments x = arguments(q, k, v, bias, seed, scale, drop_below, cut_below, rescale);
+  Tensor out = torch::stable::new_empty(q, {x.B, x.H, x.n, x.d}), lse = torch::stable::new_empty(q, {x.B, x.H, x.n}, compute_type(q));
+  x.out = view(out), x.lse = view(lse);
+  const AttentionKernel& run = kernel(q);
+  const int64_t row_blocks = (x.n + kTile - 1) / kTile;
+  for_each_problem(x.B * x.H * row_blocks, 2 * std::min(x.n, kTile) * x.m * x.d, run.scratch_bytes(x.n, x.d),
+                   [&](int64_t begin, int64_t end, unsigned char* scratch) { run.fwd(x, begin, end, scratch); });
+  return {out, lse};
+}
+
+void sum(const AttentionKernel& run, const Tensor& parts, Tensor& total) {
+  const AttentionSums x{static_cast<const unsigned char*>(parts.const_data_ptr()), parts.size(0), parts.size(1),
+                        total.size(2) * total.size(3), static_cast<unsigned char*>(total.mutable_data_ptr()), storage(total),
+                        total.size(0), total.size(1)};
+  torch::stable::parallel_for(0, x.batches * x.heads * x.size, 32768, [&](int64_t begin, int64_t end) { run.sum(x, begin, end); });
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> lcd_attention_bwd(
+    const Tensor& grad_out,  // [B, H, n, d]
+    const Tensor& q, const Tensor& k, const Tensor& v, const std::optional<Tensor>& bias,
+    const Tensor& out,  // [B, H, n, d]
+    const Tensor& lse,  // [B, H, n]
+    const std::optional<Tensor>& seed, double scale, int64_t drop_below, int64_t cut_below, double rescale, bool bias_grad) {
+  AttentionArguments x = arguments(q, k, v, bias, seed, scale, drop_below, cut_below, rescale);
+  Tensor dq = torch::stable::new_empty(q, q.sizes()), dk = torch::stable::new_empty(q, k.sizes()), dv = torch::stable::new_empty(q, k.sizes());
+  Tensor dbias = bias_grad ? torch::stable::new_empty(q, bias->sizes()) : torch::stable::new_empty(q, {0});
+  x.grad_out = view(grad_out), x.out = view(out), x.lse = view(lse);
+  x.dq = view(dq), x.dk = view(dk), x.dv = view(dv);
+  if (bias_grad) x.dbias = view(dbias);
+
+  const bool over_batch = bias_grad && bias->size(0) != x.B, over_heads = bias_grad && bias->size(1) != x.H;
+  x.add_dq = q.size(0) != x.B;
+  x.add_dbias = over_batch || over_heads;
+  const int64_t entries = (x.add_dbias ? x.n * x.m : 0) + (x.add_dq ? x.n * x.d : 0);
+  const int64_t tasks = std::max<int64_t>(1, std::min(kMostTasks, kMostPartials / std::max<int64_t>(entries, 1)));
+  const bool any_over_batch = x.add_dq || over_batch;
+  x.h_parts = over_heads && (any_over_batch ? x.H : x.B * x.H) > tasks ? 1 : x.H;
+  x.b_parts = any_over_batch ? std::min(x.B, std::max<int64_t>(1, tasks / x.h_parts)) : x.B;
+  std::optional<Tensor> dq_parts, dbias_parts;
+  if (x.add_dq) {
+    dq_parts = torch::stable::new_zeros(q, {x.b_parts, x.H, x.n, x.d}, compute_type(q));
+    x.dq = view(*dq_parts);
+  }
+  if (x.add_dbias) {
+    dbias_parts = torch::stable::new_zeros(q, {x.b_parts, x.h_parts, x.n, x.m}, compute_type(q));
+    x.dbias = view(*dbias_parts);
+  }
+
+  const AttentionKernel& run = kernel(q);
+  const int64_t count = x.b_parts * x.h_parts, heads = count > 0 ? x.B * x.H / count : 0;
+  for_each_problem(count, 5 * heads * x.n * x.m * x.d, run.scratch_bytes(x.n, x.d),
+                   [&](int64_t begin, int64_t end, unsigned char* scratch) { run.bwd(x, begin, end, scratch); });
+  if (x.add_dq) sum(run, *dq_parts, dq);
+  if (x.add_dbias) sum(run, *dbias_parts, dbias);
+  return {dq, dk, dv, dbias};
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(helo_fast_cpu, CPU, m) {
+  m.impl("lcd_attention_fwd", TORCH_BOX(&lcd_attention_fwd));
+  m.impl("lcd_attention_bwd", TORCH_BOX(&lcd_attention_bwd));
+}

@@ -1,0 +1,45 @@
+// What the torch side of lcd_attention hands to the kernel of whichever instruction set runs.
+#pragma once
+
+#include <cstdint>
+
+enum class Storage { float64, float32, float16, bfloat16 };
+
+// A [B, H, rows, columns] tensor. Strides count elements; they are 0 along what is broadcast.
+struct View {
+  unsigned char* data;  // null where there is none
+  Storage storage;
+  int64_t batch, head, row, column;
+};
+
+struct AttentionArguments {
+  int64_t B, H, n, m, d;
+  View q, k, v, bias;  // [n, d], [m, d], [m, d], [n, m] per head
+  View out, lse;       // [n, d], [n, 1]; lse is in the compute dtype
+  View grad_out;       // the backward's
+  View dq, dk, dv, dbias;
+  bool add_dq, add_dbias;  // into sums over what q or the bias was broadcast over, [b_parts, ...] in the compute dtype
+  int64_t b_parts, h_parts;  // tasks of the backward: each takes a range of the batch, and one head or (h_parts 1) all
+  double scale, rescale;     // rescale: of the weights that dropout keeps
+  bool masked;
+  uint64_t seed;
+  uint32_t drop_below, cut_below;  // T(dropkey_p), T(dropout_p)
+};
+
+// The sums of a gradient over the tasks that shared it: [b_parts, h_parts, size] to [B or 1, H or 1, size], in their order.
+struct AttentionSums {
+  const unsigned char* parts;
+  int64_t b_parts, h_parts, size;
+  unsigned char* total;
+  Storage storage;
+  int64_t batches, heads;
+};
+
+constexpr int64_t kTile = 64;  // rows and columns of the logits at a time
+
+struct AttentionKernel {
+  void (*fwd)(const AttentionArguments&, int64_t begin, int64_t end, unsigned char* scratch);  // blocks of kTile rows
+  void (*bwd)(const AttentionArguments&, int64_t begin, int64_t end, unsigned char* scratch);  // tasks
+  void (*sum)(const AttentionSums&, int64_t begin, int64_t end);                               // entries of total
+  int64_t (*scratch_bytes)(int64_t n, int64_t d);
+};
