@@ -106,6 +106,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> lcd_attention_bwd(
   const bool over_batch = bias_grad && bias->size(0) != x.B, over_heads = bias_grad && bias->size(1) != x.H;
   x.add_dq = q.size(0) != x.B;
   x.add_dbias = over_batch || over_heads;
+  x.dbias_over_batch = over_batch;
   const int64_t entries = (x.add_dbias ? x.n * x.m : 0) + (x.add_dq ? x.n * x.d : 0);
   const int64_t tasks = std::max<int64_t>(1, std::min(kMostTasks, kMostPartials / std::max<int64_t>(entries, 1)));
   const bool any_over_batch = x.add_dq || over_batch;
@@ -117,7 +118,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> lcd_attention_bwd(
     x.dq = view(*dq_parts);
   }
   if (x.add_dbias) {
-    dbias_parts = torch::stable::new_zeros(q, {x.b_parts, x.h_parts, x.n, x.m}, compute_type(q));
+    dbias_parts = torch::stable::new_zeros(q, {over_batch ? x.b_parts : x.B, x.h_parts, x.n, x.m}, compute_type(q));
     x.dbias = view(*dbias_parts);
   }
 

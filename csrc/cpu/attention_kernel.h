@@ -118,7 +118,7 @@ class Attention {
         if (x_.dbias.data != nullptr) {
           View to = x_.dbias;
           to.data += j0 * (to.storage == Storage::float64 ? 8 : to.storage == Storage::float32 ? 4 : 2);
-          put(ds_, width_, to, x_.add_dbias ? part : b, x_.add_dbias ? sum_h : h, i0, rows, columns, none(), x_.add_dbias);
+          put(ds_, width_, to, x_.dbias_over_batch ? part : b, x_.add_dbias ? sum_h : h, i0, rows, columns, none(), x_.add_dbias);
         }
       }
       put(dk_, dp_, x_.dk, b, h, j0, columns, x_.d, none(), false);

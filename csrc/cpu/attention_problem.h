@@ -18,7 +18,8 @@ struct AttentionArguments {
   View out, lse;       // [n, d], [n, 1]; lse is in the compute dtype
   View grad_out;       // the backward's
   View dq, dk, dv, dbias;
-  bool add_dq, add_dbias;  // into sums over what q or the bias was broadcast over, [b_parts, ...] in the compute dtype
+  bool add_dq, add_dbias;    // onto sums of the tasks that share them, in the compute dtype
+  bool dbias_over_batch;     // [b_parts, h_parts, n, m], else [B, h_parts, n, m]; dq's are [b_parts, H, n, d]
   int64_t b_parts, h_parts;  // tasks of the backward: each takes a range of the batch, and one head or (h_parts 1) all
   double scale, rescale;     // rescale: of the weights that dropout keeps
   bool masked;
@@ -26,7 +27,7 @@ struct AttentionArguments {
   uint32_t drop_below, cut_below;  // T(dropkey_p), T(dropout_p)
 };
 
-// The sums of a gradient over the tasks that shared it: [b_parts, h_parts, size] to [B or 1, H or 1, size], in their order.
+// What tasks summed, [b_parts, h_parts, size], to a gradient [b_parts or 1, h_parts or 1, size], in their order.
 struct AttentionSums {
   const unsigned char* parts;
   int64_t b_parts, h_parts, size;
