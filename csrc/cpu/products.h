@@ -48,18 +48,21 @@ void product_panel(const scalar* a, int64_t a_stride, const scalar* b, int64_t b
 }
 
 // out [rows, columns] = (or, with add, +=) a b, with a [rows, depth], or its transpose [depth, rows], and b [depth, columns]; columns
-// is a whole number of vectors.
+// is a whole number of vectors. Sums are of sums of kDepth products: a single chain would round worse than other libraries do.
+constexpr int64_t kDepth = 32;
+
 template <bool transposed, typename scalar>
 void product(const scalar* a, int64_t a_stride, const scalar* b, int64_t b_stride, int64_t rows, int64_t depth, int64_t columns,
              scalar* out, int64_t out_stride, bool add) {
   constexpr int64_t lanes = Vectors<scalar>::lanes;
-  while (columns > 0) {
-    const int64_t left = columns / lanes, vectors = left == 4 || left == 2 ? 2 : left < 3 ? 1 : 3;  // 4 is 2 + 2
+  for (int64_t left = columns / lanes, vectors; left > 0; left -= vectors, b += vectors * lanes, out += vectors * lanes) {
+    vectors = left == 4 || left == 2 ? 2 : left < 3 ? 1 : 3;  // 4 is 2 + 2
     const auto panel = vectors == 3   ? product_panel<scalar, transposed, 3>
                        : vectors == 2 ? product_panel<scalar, transposed, 2>
                                       : product_panel<scalar, transposed, 1>;
-    panel(a, a_stride, b, b_stride, rows, depth, out, out_stride, add);
-    b += vectors * lanes, out += vectors * lanes, columns -= vectors * lanes;
+    for (int64_t k = 0; k < depth; k += kDepth)
+      panel(a + k * (transposed ? a_stride : 1), a_stride, b + k * b_stride, b_stride, rows, depth - k < kDepth ? depth - k : kDepth, out,
+            out_stride, add || k > 0);
   }
 }
 
