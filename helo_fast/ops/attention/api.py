@@ -64,7 +64,9 @@ def lcd_attention(
         bit, on every back end, at every tiling, forward and backward. Probabilities are taken to the nearest multiple of 2^-16, and
         dropout scales by that of the probability taken, so that the weights keep their expectation.
         Saved for backward: q, k, v, bias, the output, the row log-sum-exp and the seed. Back ends: eager holds n x m temporaries for
-        a few heads at a time (at most about 4 million entries, or one head's).
+        a few heads at a time (at most about 4 million entries, or one head's); cpp holds 64 x 64 tiles, and where the bias or the query
+        is shared up to 64 partial sums of its gradient (at most 16 million entries, or one sum's), so that the bits do not depend on
+        the number of threads.
 
     Example:
         >>> import torch
