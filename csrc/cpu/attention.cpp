@@ -44,7 +44,8 @@ Storage storage(const Tensor& t) {
 
 View view(const Tensor& t) {
   const auto stride = [&](int64_t dim) { return t.size(dim) == 1 ? 0 : t.stride(dim); };
-  return {static_cast<unsigned char*>(t.data_ptr()), storage(t), stride(0), stride(1), t.stride(2), t.dim() == 4 ? t.stride(3) : 1};
+  auto* data = static_cast<unsigned char*>(const_cast<void*>(t.const_data_ptr()));  // what is written to was made here
+  return {data, storage(t), stride(0), stride(1), t.stride(2), t.dim() == 4 ? t.stride(3) : 1};
 }
 
 ScalarType compute_type(const Tensor& t) { return t.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float; }
@@ -87,7 +88,7 @@ void sum(const AttentionKernel& run, const Tensor& parts, Tensor& total) {
   const AttentionSums x{static_cast<const unsigned char*>(parts.const_data_ptr()), parts.size(0), parts.size(1),
                         total.size(2) * total.size(3), static_cast<unsigned char*>(total.mutable_data_ptr()), storage(total),
                         total.size(0), total.size(1)};
-  torch::stable::parallel_for(0, x.batches * x.heads * x.size, 32768, [&](int64_t begin, int64_t end) { run.sum(x, begin, end); });
+  torch::stable::parallel_for(0, x.batches * x.heads * x.size, 4096, [&](int64_t begin, int64_t end) { run.sum(x, begin, end); });
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> lcd_attention_bwd(
@@ -97,7 +98,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> lcd_attention_bwd(
     const Tensor& lse,  // [B, H, n]
     const std::optional<Tensor>& seed, double scale, int64_t drop_below, int64_t cut_below, double rescale, bool bias_grad) {
   AttentionArguments x = arguments(q, k, v, bias, seed, scale, drop_below, cut_below, rescale);
-  Tensor dq = torch::stable::new_empty(q, q.sizes()), dk = torch::stable::new_empty(q, k.sizes()), dv = torch::stable::new_empty(q, k.sizes());
+  Tensor dq = torch::stable::new_empty(q, q.sizes());
+  Tensor dk = torch::stable::new_empty(q, k.sizes()), dv = torch::stable::new_empty(q, k.sizes());
   Tensor dbias = bias_grad ? torch::stable::new_empty(q, bias->sizes()) : torch::stable::new_empty(q, {0});
   x.grad_out = view(grad_out), x.out = view(out), x.lse = view(lse);
   x.dq = view(dq), x.dk = view(dk), x.dv = view(dv);

@@ -9,7 +9,7 @@
 //
 // Rows of a tile are padded to whole vectors. A padded logit is -inf, so that its weight is 0; padded columns of v and k are 0.
 #include "simd.h"
-//
+// and on it
 #include "philox.h"
 #include "products.h"
 #include "storage.h"
@@ -302,17 +302,20 @@ void attention_bwd(const AttentionArguments& x, int64_t begin, int64_t end, unsi
 
 template <typename scalar>
 void attention_sum(const AttentionSums& x, int64_t begin, int64_t end) {
+  constexpr int64_t most = 256;  // entries at a time: their sums stay in the first cache while the parts pass by
   typed(scalar(), x.storage, x.total, [&](auto* total) {
     using stored = decltype(narrow(scalar(), *total));
-    const auto* parts = reinterpret_cast<const scalar*>(x.parts);
-    for (int64_t e = begin; e < end; ++e) {
-      const int64_t slot = e / x.size, b = slot / x.heads, h = slot % x.heads;
-      const int64_t b_first = x.batches == 1 ? 0 : b, b_last = x.batches == 1 ? x.b_parts : b + 1;
-      const int64_t h_first = x.heads == 1 ? 0 : h, h_last = x.heads == 1 ? x.h_parts : h + 1;
-      scalar sum = 0;
-      for (int64_t p = b_first; p < b_last; ++p)
-        for (int64_t r = h_first; r < h_last; ++r) sum += parts[(p * x.h_parts + r) * x.size + e % x.size];
-      total[e] = narrow(sum, stored{});
+    for (int64_t first = begin, count; first < end; first += count) {
+      const int64_t slot = first / x.size, entry = first % x.size, b = slot / x.heads, h = slot % x.heads;
+      count = x.size - entry < end - first ? x.size - entry : end - first;
+      count = count < most ? count : most;
+      scalar sum[most] = {};
+      for (int64_t p = x.batches == 1 ? 0 : b; p < (x.batches == 1 ? x.b_parts : b + 1); ++p)
+        for (int64_t r = x.heads == 1 ? 0 : h; r < (x.heads == 1 ? x.h_parts : h + 1); ++r) {
+          const scalar* part = reinterpret_cast<const scalar*>(x.parts) + (p * x.h_parts + r) * x.size + entry;
+          for (int64_t e = 0; e < count; ++e) sum[e] += part[e];
+        }
+      for (int64_t e = 0; e < count; ++e) total[first + e] = narrow(sum[e], stored{});
     }
   });
 }

@@ -18,9 +18,9 @@ struct AttentionArguments {
   View out, lse;       // [n, d], [n, 1]; lse is in the compute dtype
   View grad_out;       // the backward's
   View dq, dk, dv, dbias;
-  bool add_dq, add_dbias;    // onto sums of the tasks that share them, in the compute dtype
-  bool dbias_over_batch;     // [b_parts, h_parts, n, m], else [B, h_parts, n, m]; dq's are [b_parts, H, n, d]
   int64_t b_parts, h_parts;  // tasks of the backward: each takes a range of the batch, and one head or (h_parts 1) all
+  bool add_dq, add_dbias;    // dq [b_parts, H, n, d] and dbias are sums that tasks add to, in the compute dtype
+  bool dbias_over_batch;     // those of dbias are [b_parts, h_parts, n, m], else [B, h_parts, n, m]
   double scale, rescale;     // rescale: of the weights that dropout keeps
   bool masked;
   uint64_t seed;
