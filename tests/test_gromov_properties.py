@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from helo_fast import gromov_wasserstein
 from helo_fast.testing import MASSES, hard_masses
 
-BACKENDS = ("eager",)
+BACKENDS = ("eager", "cpp")
 DTYPES = (torch.float32, torch.float64)
 METHODS = ("proximal", "entropic")
 SIZES = (1, 2, 3, 4, 7, 8, 9, 16, 17, 33)  # around the widths of vectors
