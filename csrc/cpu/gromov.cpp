@@ -105,7 +105,7 @@ Results solve_all(GromovSpaces<scalar> spaces, const Tensor& a, bool over_batch,
     const auto& kernel = kernels<scalar>();
     const int64_t work = work_of(spaces) * options.outer_iter + 3 * n * m * options.outer_iter * options.inner_iter;
     for_each_problem(batch, work, kernel.solve_bytes(x), [&](int64_t begin, int64_t end, auto* scratch) {
-      const FlushToZero flush;
+      [[maybe_unused]] const FlushToZero flush;
       kernel.solve(x, begin, end, scratch);
     });
   }

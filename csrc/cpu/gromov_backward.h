@@ -38,8 +38,8 @@ class GromovBackward {
       scatter(x_, d_C_, g_.d_x + problem * n * n);
       scatter(y_, d_D_, g_.d_y + problem * m * m);
     } else {
-      through_costs(x_, C_, d_C_, g_.threshold_gradients, d_unit_x_);
-      through_costs(y_, D_, d_D_, g_.threshold_gradients ? g_.threshold_gradients + 2 : nullptr, d_unit_y_);
+      through_costs(x_, d_C_, g_.threshold_gradients, d_unit_x_);
+      through_costs(y_, d_D_, g_.threshold_gradients ? g_.threshold_gradients + 2 : nullptr, d_unit_y_);
       if (s_.alpha < 1 && !g_.d_xy) {
         add_across(T_, y_.stride, x_, y_, d_unit_x_);
         add_across(Tt_, x_.stride, y_, x_, d_unit_y_);
@@ -58,8 +58,8 @@ class GromovBackward {
     problem_ = problem;
     read();
     find_cost_gradients();
-    measure(x_, C_, d_C_, sums);
-    measure(y_, D_, d_D_, sums + 3);
+    measure(x_, d_C_, sums);
+    measure(y_, d_D_, sums + 3);
   }
 
  private:
@@ -122,7 +122,7 @@ class GromovBackward {
       }
   }
 
-  void measure(const Space<scalar>& side, const scalar* cost, const scalar* gradient, double* sums) const {
+  void measure(const Space<scalar>& side, const scalar* gradient, double* sums) const {
     double sum = 0;
     int64_t at_low = 0, at_high = 0;
     for (int64_t i = 0; i < side.count; ++i)
@@ -135,12 +135,12 @@ class GromovBackward {
   }
 
   // of_ends: what each pair at (low, high) receives; null: found here, for this problem alone.
-  void through_costs(const Space<scalar>& side, const scalar* cost, scalar* gradient, const double* of_ends, scalar* d_unit) {
+  void through_costs(const Space<scalar>& side, scalar* gradient, const double* of_ends, scalar* d_unit) {
     const int64_t n = side.count, stride = side.stride, wide = padded<scalar>(s_.width);
     double own[2];
     if (!of_ends) {
       double sums[3];
-      measure(side, cost, gradient, sums);
+      measure(side, gradient, sums);
       own[0] = (1 - s_.threshold) * sums[0] / larger(sums[1], 1);
       own[1] = s_.threshold * sums[0] / larger(sums[2], 1);
       of_ends = own;
