@@ -102,6 +102,27 @@ inline double exp_vectorised(double x) { return exp_of<double, uint64_t>(x); }
 HELO_FAST_INLINE Vectors<float>::full exp_vectorised(Vectors<float>::full x) { return exp_of<float, Vectors<float>::unsigned_words>(x); }
 HELO_FAST_INLINE Vectors<double>::full exp_vectorised(Vectors<double>::full x) { return exp_of<double, Vectors<double>::unsigned_words>(x); }
 
+// exp of arguments in double: a float argument of -28, half a unit in its last place off, would put e^-28 off by eight.
+HELO_FAST_INLINE Vectors<double>::full exp_of_wide(const Vectors<double>::wide& x) { return exp_vectorised(x); }
+HELO_FAST_INLINE Vectors<float>::full exp_of_wide(const Vectors<float>::wide& x) {
+  using E = Exponential<float>;
+  using D = Exponential<double>;
+  using wide = Vectors<float>::wide;
+  using full = Vectors<float>::full;
+  const wide high = x > double(E::highest) ? wide{} + double(E::highest) : x;
+  const wide within = high < double(E::lowest) ? wide{} + double(E::lowest) : high;
+  const wide whole = within * D::per_log2 + D::whole - D::whole;
+  const full r = __builtin_convertvector(within - whole * (D::log2_high + D::log2_low), full);
+  const full k = __builtin_convertvector(whole, full);
+  full p = r * E::terms[0] + E::terms[1];
+#pragma GCC unroll 16
+  for (size_t i = 2; i < sizeof(E::terms) / sizeof(float); ++i) p = p * r + E::terms[i];
+  p = (p * r) * r + r + 1.0f;
+  const full shifted = k + E::whole;
+  const full scale = bits<full>((bits<Vectors<float>::unsigned_words>(shifted) << E::mantissa) + E::one);
+  return k < -125.5f ? full{} : p * scale;
+}
+
 // log of normal positive numbers, in the same way: x = 2^k z with z in [sqrt(1/2), sqrt(2)), log z = 2 atanh((z - 1) / (z + 1)). 2 ulp.
 inline double log_vectorised(double x) {
   const int64_t above = bits<int64_t>(x) - 0x3fe6a09e667f3bcd;  // sqrt(1/2)

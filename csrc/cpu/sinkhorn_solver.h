@@ -107,7 +107,7 @@ class SinkhornSolver {
   };
   static constexpr int64_t kBlockGroups = HELO_FAST_VECTOR_BYTES == 64 ? 12 / width : 8 / width;  // sums and weights fit the registers
   static constexpr int64_t kSliceGroups = 96 / lanes;                                             // whole blocks
-  static constexpr scalar kTiny = sizeof(scalar) == 4 ? 1e-20 : 1e-200;  // sums above it have lost nothing to underflow
+  static constexpr scalar kTiny = sizeof(scalar) == 4 ? 1e-22 : 1e-200;  // sums above it have lost nothing to underflow
 
   template <typename T>
   T* take(int64_t count) {
@@ -266,7 +266,7 @@ class SinkhornSolver {
     const double phi = phi_[slot];
     const int64_t step = stride(slot);
     for (int64_t j = 0, c = 0; j < mp_; j += lanes) {
-      const full entries = exp_vectorised(exponents(phi, psi_ + j, cost + j, per_epsilon));
+      const full entries = exp_of_wide(exponents(phi, psi_ + j, cost + j, per_epsilon));
       store(sums + j, load<full>(sums + j) + entries);
       piece pieces[P::count];
       std::memcpy(pieces, &entries, sizeof entries);
@@ -275,9 +275,9 @@ class SinkhornSolver {
   }
 
   // phi + psi - cost / epsilon, in double
-  static HELO_FAST_INLINE full exponents(double phi, const double* psi, const scalar* cost, double per_epsilon) {
+  static HELO_FAST_INLINE typename Vectors<scalar>::wide exponents(double phi, const double* psi, const scalar* cost, double per_epsilon) {
     using wide = typename Vectors<scalar>::wide;
-    return __builtin_convertvector(phi + load<wide>(psi) - __builtin_convertvector(load<full>(cost), wide) * per_epsilon, full);
+    return phi + load<wide>(psi) - __builtin_convertvector(load<full>(cost), wide) * per_epsilon;
   }
 
   void absorb() {

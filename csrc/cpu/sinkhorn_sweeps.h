@@ -174,13 +174,15 @@ HELO_FAST_INLINE typename SinkhornSolver<scalar>::full SinkhornSolver<scalar>::s
 template <typename scalar>
 HELO_FAST_INLINE typename SinkhornSolver<scalar>::full SinkhornSolver<scalar>::rescale(
     bool hard, full sums, scalar* scalings, const scalar* mass, const double* log_mass, const double* potential, double kappa, int64_t at) {
-  const full result = hard ? load<full>(mass + at) / sums : damped(sums, log_mass + at, potential + at, kappa);
+  const full plain = sums > kTiny ? load<full>(mass + at) / sums : full{} + scalar(HUGE_VAL);
+  const full result = hard ? plain : damped(sums, log_mass + at, potential + at, kappa);
   store(scalings + at, result);
   return result;
 }
 
 template <typename scalar>
-__attribute__((noinline)) typename SinkhornSolver<scalar>::full SinkhornSolver<scalar>::damped(full sums, const double* log_mass, const double* potential, double kappa) {
+__attribute__((noinline)) typename SinkhornSolver<scalar>::full SinkhornSolver<scalar>::damped(
+    full sums, const double* log_mass, const double* potential, double kappa) {
   full result;
   for (int64_t i = 0; i < lanes; ++i) {
     const double x = log_mass[i] + (kappa - 1) * potential[i] - kappa * log_vectorised(double(sums[i]));
