@@ -109,10 +109,8 @@ HELO_FAST_INLINE Vectors<float>::full exp_of_wide(const Vectors<float>::wide& x)
   using D = Exponential<double>;
   using wide = Vectors<float>::wide;
   using full = Vectors<float>::full;
-  const wide high = x > double(E::highest) ? wide{} + double(E::highest) : x;
-  const wide within = high < double(E::lowest) ? wide{} + double(E::lowest) : high;
-  const wide whole = within * D::per_log2 + D::whole - D::whole;
-  const full r = __builtin_convertvector(within - whole * (D::log2_high + D::log2_low), full);
+  const wide whole = x * D::per_log2 + D::whole - D::whole;
+  const full r = __builtin_convertvector(x - whole * (D::log2_high + D::log2_low), full);
   const full k = __builtin_convertvector(whole, full);
   full p = r * E::terms[0] + E::terms[1];
 #pragma GCC unroll 16
@@ -120,7 +118,8 @@ HELO_FAST_INLINE Vectors<float>::full exp_of_wide(const Vectors<float>::wide& x)
   p = (p * r) * r + r + 1.0f;
   const full shifted = k + E::whole;
   const full scale = bits<full>((bits<Vectors<float>::unsigned_words>(shifted) << E::mantissa) + E::one);
-  return k < -125.5f ? full{} : p * scale;
+  const full value = k > 127.5f ? full{} + HUGE_VALF : p * scale;
+  return k < -125.5f ? full{} : value;
 }
 
 // log of normal positive numbers, in the same way: x = 2^k z with z in [sqrt(1/2), sqrt(2)), log z = 2 atanh((z - 1) / (z + 1)). 2 ulp.
