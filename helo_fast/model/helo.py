@@ -219,7 +219,9 @@ class HeLo(nn.Module):
         physiological, behavioral = self.tokens(eeg, gsr, ppg, video)  # [B, 2C, D] each
         plan = transport_plan(self.config, physiological, behavioral)  # [B, 2C, 2C]
         carried = transport(plan, physiological, self.config.transport_map)  # [B, 2C, D]
-        fused = self.fused_projection(self._transformer(carried, behavioral).mT).mT  # [B, K, D]
+        tokens = self._transformer(carried, behavioral)  # [B, 4C, D]
+        fusion = self.fused_projection  # over the token axis, from the left: no transposed copy of the tokens
+        fused = torch.baddbmm(fusion.bias.unsqueeze(-1), fusion.weight.expand(len(tokens), -1, -1), tokens)  # [B, K, D]
         learned = gram(embedding, -1 if self.config.correlation == "cosine" else -2)  # [K, K] or [B, K, K]
         return self.Classifier(self.lcd_cross_attention(embedding, fused, bias=learned).flatten(1)), learned
 
