@@ -69,6 +69,19 @@ def test_large_problems(backend, case, dtype, device_for):
     check(LARGE[case](dtype, device_for("sinkhorn", backend)), OUTPUTS, "implicit", backend, case)
 
 
+@pytest.mark.parametrize("backend", ("eager", *BACKENDS))
+def test_a_batch_of_large_problems_is_solved_as_each_alone(backend, device_for):
+    """Also after the number of threads was set, which breaks torch's own solver of batches."""
+    arguments = LARGE["tall"](torch.float64, device_for("sinkhorn", backend))
+    torch.set_num_threads(torch.get_num_threads())
+    together = gradients(arguments, ("plan",), "implicit", backend)
+    grad = incoming_gradient(arguments["cost"])
+    for i in range(len(grad)):
+        leaf = arguments["cost"][i].clone().requires_grad_()
+        plan = sinkhorn(**{**arguments, "cost": leaf, "a": arguments["a"][i], "b": arguments["b"][i]}, backend=backend).plan
+        assert torch.allclose(torch.autograd.grad(plan, leaf, grad[i])[0], together[0][i], rtol=1e-9, atol=1e-12)
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("transposed", (False, True))
 @pytest.mark.parametrize("last", (False, True))

@@ -146,10 +146,18 @@ def _solve_optimality(T: Tensor, w: Tensor, z: Tensor, lambda_a: float, lambda_b
     diagonal = torch.where(columns, diagonal + 1e-15 * scale, 1)  # a column alone in its component still needs a pivot
     system = system + torch.diag_embed(diagonal)
     right = torch.where(columns, z - (T.mT @ (inverse_r * w).unsqueeze(-1)).squeeze(-1), 0)
-    y = torch.linalg.solve_ex(system, right)[0]
+    y = _solve_each(system, right)
     y = torch.where(columns, y, 0)
     x = inverse_r * (w - (T @ y.unsqueeze(-1)).squeeze(-1))
     return x, y
+
+
+def _solve_each(system: Tensor, right: Tensor) -> Tensor:
+    """Solutions [B, m] of dense systems [B, m, m]. On the CPU, larger ones go to LAPACK one by one: torch factors a batch of them
+    concurrently, which after torch.set_num_threads gives wrong results without an error (pytorch/pytorch#142815, at m of 150 and more)."""
+    if system.device.type == "cpu" and system.shape[-1] > 64 and len(system) > 1:
+        return torch.stack([torch.linalg.solve_ex(matrix, vector)[0] for matrix, vector in zip(system, right)])
+    return torch.linalg.solve_ex(system, right)[0]
 
 
 def _without_constant(w: Tensor, z: Tensor, rows: Tensor, columns: Tensor) -> tuple[Tensor, Tensor]:
