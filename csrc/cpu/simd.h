@@ -169,6 +169,23 @@ struct Pieces {
     }
   }
 
+  // Of x, `count` vectors, in place: piece p of vector q and piece q of vector p change places.
+  static HELO_FAST_INLINE void transpose_pieces(full* x) {
+    const auto all = std::make_index_sequence<lanes>();
+    if constexpr (count == 2) {
+      const full first = gather<0, 2>(x[0], x[1], all);
+      x[1] = gather<1, 3>(x[0], x[1], all);
+      x[0] = first;
+    } else if constexpr (count == 4) {
+      const full low01 = gather<0, 1, 4, 5>(x[0], x[1], all), high01 = gather<2, 3, 6, 7>(x[0], x[1], all);
+      const full low23 = gather<0, 1, 4, 5>(x[2], x[3], all), high23 = gather<2, 3, 6, 7>(x[2], x[3], all);
+      x[0] = gather<0, 2, 4, 6>(low01, low23, all);
+      x[1] = gather<1, 3, 5, 7>(low01, low23, all);
+      x[2] = gather<0, 2, 4, 6>(high01, high23, all);
+      x[3] = gather<1, 3, 5, 7>(high01, high23, all);
+    }
+  }
+
   // Lane k of each piece, in all lanes of that piece.
   template <int k>
   static full spread(full x) { return shuffle<k, k, k, k>(x, x, std::make_index_sequence<lanes>()); }

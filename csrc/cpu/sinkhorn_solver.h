@@ -13,15 +13,15 @@
 // and 1 added to its sum, so that its scaling is 1.
 //
 // The groups of a large problem are cut into slices, by its shape alone; threads may take one each. Rows and columns without mass
-// are left out.
+// are left out. How K comes from the costs, and the plan from K, stands in sinkhorn_matrix.h; the passes over K in sinkhorn_sweeps.h.
 
 #include "simd.h"
 
 namespace {
 namespace HELO_FAST_SET {
 
-constexpr int64_t kPairBytes = 60000;   // scratch of one problem, half of it costs, so that two K stay near
-constexpr int64_t kCacheBytes = 16384;  // of K, so that two passes over it cost what one does
+constexpr int64_t kCacheBytes = 16384;  // of K: two of them stay in the first-level cache
+constexpr int64_t kBlockColumns = 64;   // beyond, a block's part of K no longer stays there from its first pass to its second
 constexpr double kRange = 1e8;          // an entry of K that underflows is then below 1e-21 of its row
 
 template <typename scalar>
@@ -38,56 +38,86 @@ class SinkhornSolver {
     const Sizes size(x.n, x.m);
     for (double** p : {&phi_, &log_a_, &alpha_}) *p = take<double>(size.rows);
     for (double** p : {&psi_, &log_b_, &beta_, &top_, &total_}) *p = take<double>(size.columns);
-    for (scalar** p : {&a_, &u_, &empty_row_}) *p = take<scalar>(size.rows);
-    for (scalar** p : {&b_, &v_, &w_, &empty_column_}) *p = take<scalar>(size.columns);
+    for (scalar** p : {&a_, &u_, &sums_, &empty_row_}) *p = take<scalar>(size.rows);
+    for (scalar** p : {&b_, &v_, &next_v_, &w_, &empty_column_}) *p = take<scalar>(size.columns);
     rows_ = take<int64_t>(size.rows);
     columns_ = take<int64_t>(size.columns);
     slices_ = take<Slice>(size.slices);
     for (int64_t s = 0; s < size.slices; ++s)
-      slices_[s] = {take<scalar>(size.columns * P::count), take<scalar>(size.columns), wide_piece{}, true};
+      slices_[s] = {take<scalar>(size.columns * P::count), wide_piece{}, true};
     K_ = take<scalar>(size.rows * size.columns);
     copy_ = take<scalar>(size.rows * size.columns);
   }
 
   static int64_t scratch_bytes(int64_t n, int64_t m) {
     const Sizes size(n, m);
-    const int64_t slice = int64_t(sizeof(Slice)) + size.columns * (P::count + 1) * int64_t(sizeof(scalar)) + 3 * 64;
-    const int64_t bytes = size.rows * (3 * 8 + 8 + 3 * int64_t(sizeof(scalar))) +
-                          size.columns * (5 * 8 + 8 + 4 * int64_t(sizeof(scalar))) + size.slices * slice +
+    const int64_t slice = int64_t(sizeof(Slice)) + size.columns * P::count * int64_t(sizeof(scalar)) + 64;
+    const int64_t bytes = size.rows * (3 * 8 + 8 + 4 * int64_t(sizeof(scalar))) +
+                          size.columns * (5 * 8 + 8 + 5 * int64_t(sizeof(scalar))) + size.slices * slice +
                           2 * size.rows * size.columns * int64_t(sizeof(scalar)) + 32 * 64;
     return (bytes + 63) / 64 * 64;
   }
 
-  void begin(int64_t problem) {
-    problem_ = problem;
-    load_marginals();
-    iterations_ = 0;
-    if (!solvable()) return;
-    load_costs();
-    start();
+  static bool in_cache(int64_t n, int64_t m) {
+    return m <= kBlockColumns && padded(n) * padded(m) * int64_t(sizeof(scalar)) <= kCacheBytes;
   }
 
-  // One iteration is front(), then back(); false after the last one, when the result is written.
-  void front() {
-    if (!solvable()) return;
-    ++iterations_;
-    step_columns();
-    if (in_cache_) u_safe_ = sum_rows();
-  }
-
-  bool back() {
-    if (solvable()) {
-      if (!(in_cache_ ? add_rows() : step_rows())) {
-        exact_rows();
-        absorb();
+  // Takes up the next of the problems [begin, end), up to its first v; false, and no work from then on, where there is none.
+  bool next(int64_t& begin, int64_t end) {
+    while (begin < end) {
+      problem_ = begin++;
+      load_marginals();
+      iterations_ = 0;
+      iterating_ = false;
+      if (n_ > 0 && m_ > 0) {
+        load_costs();
+        start();
+        scalar* parts = slices_[0].partial;
+        for (int64_t c = chunks_; c < mp_ / width; ++c) store(parts + c * lanes, full{});  // no sweep writes there
+        columns_of_sums();
+        take_columns();
+        return true;
       }
-      if (iterations_ < x_.max_iter && !(x_.kept || x_.tol >= 0)) return true;
-      if (x_.kept) record(x_.history + (problem_ * x_.kept + iterations_ - 1) * (x_.n + x_.m));
-      const bool check = x_.tol >= 0 && iterations_ % x_.check_every == 0;
-      if (iterations_ < x_.max_iter && !(check && marginal_error() <= x_.tol)) return true;
+      write_nothing();
     }
-    write();
+    n_ = m_ = np_ = mp_ = groups_ = chunks_ = 0;
     return false;
+  }
+
+  bool running() const { return n_ > 0; }
+
+  // An iteration: u, w, and v of the next. False after the last one, when the result is written.
+  bool iterate() {
+    iterating_ = true;
+    if (step_rows())
+      new_columns();
+    else
+      redo_rows();
+    return end_iteration();
+  }
+
+  // The same in steps, for problems in cache: sum_rows(), scaling, check_rows(), add_rows(), finishing, end_iteration(). Two problems
+  // advance in turn. Scaling and finishing are short chains of instructions that wait for each other: they come as a tail, and are
+  // worked off in pieces while the other problem sweeps its K.
+  struct Scaling;
+  struct Finishing;
+  template <typename Tail>
+  void sum_rows(Tail tail);
+  template <typename Tail>
+  void add_rows(Tail tail);
+
+  void check_rows() {
+    if (!u_safe_) redo_rows();
+  }
+
+  bool end_iteration() {
+    if (!iterating_) return running();
+    iterating_ = redone_ = false;
+    bool more = ++iterations_ < x_.max_iter;
+    if (x_.kept) record(x_.history + (problem_ * x_.kept + iterations_ - 1) * (x_.n + x_.m));
+    if (more && x_.tol >= 0 && iterations_ % x_.check_every == 0) more = !(marginal_error() <= x_.tol);
+    more ? take_columns() : write();
+    return more;
   }
 
  private:
@@ -100,8 +130,7 @@ class SinkhornSolver {
     int64_t rows, columns, slices;
   };
   struct Slice {
-    scalar* partial;   // [columns / width, lanes] parts of w, or [columns] of what is reduced over rows
-    scalar* terms;     // [columns] of a row
+    scalar* partial;   // [columns / width, lanes] parts of w, or [count, columns] of what is reduced over rows or written to them
     wide_piece spent;  // parts of <plan, cost>
     bool safe;
   };
@@ -147,8 +176,7 @@ class SinkhornSolver {
       if (b[j] > 0) columns_[m_] = j, b_[m_] = b[j], empty_column_[m_] = 0, ++m_;
     mp_ = padded(m_), chunks_ = (m_ + width - 1) / width;
     clear(m_, mp_, columns_, b_, empty_column_);
-    block_groups_ = m_ <= 64 ? kBlockGroups : 1;
-    in_cache_ = block_groups_ > 1 && np_ * mp_ * int64_t(sizeof(scalar)) <= kCacheBytes;
+    block_groups_ = m_ <= kBlockColumns ? kBlockGroups : 1;
     slice_count_ = Sizes(n_, m_).slices;
     for (int64_t i = 0; i < np_; ++i) log_a_[i] = log_vectorised(double(a_[i]));
     for (int64_t j = 0; j < mp_; ++j) log_b_[j] = log_vectorised(double(b_[j]));
@@ -156,41 +184,6 @@ class SinkhornSolver {
 
   static void clear(int64_t begin, int64_t end, int64_t* where, scalar* mass, scalar* empty) {
     for (int64_t i = begin < 0 ? 0 : begin; i < end; ++i) where[i] = -1, mass[i] = 1, empty[i] = 1;
-  }
-
-  // The costs between what holds mass, in rows of whole vectors: where they do not stand so already, they are copied.
-  void load_costs() {
-    const scalar* from = x_.cost + problem_ * x_.n * x_.m;
-    copied_ = m_ != x_.m || mp_ != m_;
-    if (!copied_) {
-      cost_ = from;
-      return;
-    }
-    for_rows([](Slice&) {}, [&](Slice&, int64_t slot) {
-      const scalar* row = from + rows_[slot] * x_.m;
-      scalar* to = copy_ + slot * mp_;
-      for (int64_t j = m_ / lanes * lanes; j < mp_; ++j) to[j] = 1e30;  // K = 0 there
-      if (m_ == x_.m) {
-        int64_t j = 0;
-        for (; j + width <= m_; j += width) store(to + j, load<piece>(row + j));
-        for (; j < m_; ++j) to[j] = row[j];
-      } else {
-        for (int64_t j = 0; j < m_; ++j) to[j] = row[columns_[j]];
-      }
-    });
-    cost_ = copy_;
-  }
-
-  const scalar* cost_row(int64_t slot) const { return cost_ + (copied_ ? slot : rows_[slot]) * mp_; }
-
-  // before(slice), then row(slice, slot) for each of its rows.
-  template <typename Before, typename Row>
-  void for_rows(const Before& before, const Row& row) {
-    for_slices([&](Slice& slice, int64_t first, int64_t last) {
-      before(slice);
-      for (int64_t slot = first * lanes; slot < last * lanes; ++slot)
-        if (rows_[slot] >= 0) row(slice, slot);
-    });
   }
 
   template <typename Body>
@@ -206,79 +199,7 @@ class SinkhornSolver {
     }
   }
 
-  // K around f = 0, its columns scaled so that the largest entry of each is about b_j.
-  void start() {
-    for (int64_t i = 0; i < np_; ++i) phi_[i] = log_a_[i];
-    for_slices([&](Slice& slice, int64_t first, int64_t last) {
-      int64_t j = 0;
-      for (; j + 4 * lanes <= mp_; j += 4 * lanes) top_of_columns<4>(first, last, j, slice.partial);
-      for (; j < mp_; j += lanes) top_of_columns<1>(first, last, j, slice.partial);
-    });
-    for (int64_t j = 0; j < m_; ++j) {
-      scalar top = slices_[0].partial[j];
-      for (int64_t s = 1; s < slice_count_; ++s) top = top > slices_[s].partial[j] ? top : slices_[s].partial[j];
-      psi_[j] = log_b_[j] - top;
-    }
-    for (int64_t j = m_; j < mp_; ++j) psi_[j] = 0;
-    build();
-  }
-
-  template <int vectors>
-  void top_of_columns(int64_t first, int64_t last, int64_t j, scalar* top) const {
-    const scalar per_epsilon = scalar(1 / x_.epsilon);
-    full tops[vectors];
-    for (full& each : tops) each = full{} - scalar(HUGE_VAL);
-    for (int64_t slot = first * lanes; slot < last * lanes; ++slot) {
-      if (rows_[slot] < 0) continue;
-      const scalar *cost = cost_row(slot) + j, phi = scalar(phi_[slot]);
-#pragma GCC unroll 4
-      for (int k = 0; k < vectors; ++k) {
-        const full x = phi - load<full>(cost + k * lanes) * per_epsilon;
-        tops[k] = x > tops[k] ? x : tops[k];
-      }
-    }
-    for (int k = 0; k < vectors; ++k) store(top + j + k * lanes, tops[k]);
-  }
-
-  // K from phi and psi, and its column sums w; u = v = 1.
-  void build() {
-    const double per_epsilon = 1 / x_.epsilon;
-    for (int64_t i = 0; i < np_; ++i) u_[i] = 1;
-    for (int64_t j = 0; j < mp_; ++j) v_[j] = 1;
-    for_slices([&](Slice& slice, int64_t first, int64_t last) {
-      for (int64_t j = 0; j < mp_; ++j) slice.partial[j] = 0;
-      if (last == groups_ && n_ % lanes != 0) {  // empty slots
-        const int64_t block = (groups_ - 1) / block_groups_ * block_groups_;
-        std::memset(bricks(block), 0, sizeof(scalar) * chunks_ * block_depth(block) * lanes);
-      }
-      for (int64_t slot = first * lanes; slot < last * lanes; ++slot)
-        if (rows_[slot] >= 0) build_row(slice, slot, per_epsilon);
-    });
-    for (int64_t j = 0; j < mp_; ++j) {
-      w_[j] = empty_column_[j];
-      for (int64_t s = 0; s < slice_count_; ++s) w_[j] += slices_[s].partial[j];
-    }
-  }
-
-  void build_row(Slice& slice, int64_t slot, double per_epsilon) {
-    const scalar* cost = cost_row(slot);
-    scalar *sums = slice.partial, *to = row(slot);
-    const double phi = phi_[slot];
-    const int64_t step = stride(slot);
-    for (int64_t j = 0, c = 0; j < mp_; j += lanes) {
-      const full entries = exp_of_wide(exponents(phi, psi_ + j, cost + j, per_epsilon));
-      store(sums + j, load<full>(sums + j) + entries);
-      piece pieces[P::count];
-      std::memcpy(pieces, &entries, sizeof entries);
-      for (int64_t p = 0; p < P::count && c < chunks_; ++p, ++c) store(to + c * step, pieces[p]);
-    }
-  }
-
-  // phi + psi - cost / epsilon, in double
-  static HELO_FAST_INLINE typename Vectors<scalar>::wide exponents(double phi, const double* psi, const scalar* cost, double per_epsilon) {
-    using wide = typename Vectors<scalar>::wide;
-    return phi + load<wide>(psi) - __builtin_convertvector(load<full>(cost), wide) * per_epsilon;
-  }
+  const scalar* cost_row(int64_t slot) const { return cost_ + (copied_ ? slot : rows_[slot]) * chunks_ * width; }
 
   void absorb() {
     for (int64_t i = 0; i < np_; ++i) phi_[i] += log_vectorised(double(u_[i]));
@@ -286,23 +207,57 @@ class SinkhornSolver {
     build();
   }
 
-  // Passes over K, in sinkhorn_sweeps.h.
-  void step_columns();
-  bool sum_rows();
-  bool add_rows();
+  // In sinkhorn_matrix.h.
+  void load_costs();
+  void copy_cost_row(const scalar* from, scalar* to) const;
+  void start();
+  void build();
+  void write_plan();
+  template <typename Body>
+  void for_bricks(int64_t first, int64_t last, const Body& body) const;
+  template <typename vector>
+  void top_of_columns(int64_t first, int64_t last, int64_t j, scalar* top) const;
+  void build_bricks(int64_t slot, double per_epsilon, scalar* sums, full* tail_sums) const;
+  void write_bricks(Slice& slice, int64_t slot) const;
+
+  // In sinkhorn_sweeps.h.
   bool step_rows();
   void step_long_rows(int64_t first, int64_t last, scalar* w, Check& check);
-  void finish_columns(scalar* parts);
-  template <int deep>
-  void sum_block(int64_t group, Check& check);
-  template <int deep>
-  void add_block(int64_t group, bool fresh, scalar* w) const;
-  template <int deep, int next, bool fresh>
-  void sweep(const scalar* K, const full* weights, scalar* w, const scalar* K_next, full* sums) const;
-  full scale(int64_t group, const full* sums, Check& check);
-  static full rescale(
-      bool hard, full sums, scalar* scalings, const scalar* mass, const double* log_mass, const double* potential, double kappa, int64_t at);
+  void new_columns();
+  template <int deep, typename Tail>
+  void sum_block(int64_t group, Tail& tail);
+  template <int deep, typename Tail>
+  void add_block(int64_t group, bool fresh, scalar* w, Tail& tail) const;
+  template <int deep, int next, bool fresh, typename Tail>
+  void sweep(const scalar* K, const full* weights, scalar* w, const scalar* K_next, full* sums, Tail& tail) const;
+  full scale(int64_t group, full sums, Check& check);
+  void finish(int64_t j, Check& check);
+  void next_columns(int64_t j, full sums, Check& check);
+  full rescale(bool hard, full sums, const scalar* mass, const double* log_mass, const double* potential, double kappa, int64_t at) const;
   static full damped(full sums, const double* log_mass, const double* potential, double kappa);
+
+  // v of the next iteration takes its place; redone where it is not safe.
+  void take_columns() {
+    if (v_safe_) {
+      std::swap(v_, next_v_);
+    } else {
+      exact_columns();
+      absorb();
+    }
+  }
+
+  void redo_rows() {
+    exact_rows();
+    absorb();
+    columns_of_sums();
+    redone_ = true;
+  }
+
+  void columns_of_sums() {
+    Check check = new_check();
+    for (int64_t j = 0; j < mp_; j += lanes) next_columns(j, load<full>(w_ + j), check);
+    v_safe_ = check.passed();
+  }
 
   // The same half-iterations as log-sum-exps, into psi and phi.
   void exact_columns() {
@@ -325,7 +280,7 @@ class SinkhornSolver {
 
   void exact_rows() {
     const double per_epsilon = 1 / x_.epsilon;
-    scalar* terms = slices_[0].terms;
+    scalar* terms = slices_[0].partial;
     for (int64_t j = 0; j < mp_; ++j) beta_[j] = psi_[j] + log_vectorised(double(v_[j]));
     for (int64_t slot = 0; slot < np_; ++slot) {
       if (rows_[slot] < 0) continue;
@@ -371,50 +326,35 @@ class SinkhornSolver {
   }
 
   void write() {
-    scalar *f = x_.f + problem_ * x_.n, *g = x_.g + problem_ * x_.m;
-    if (n_ < x_.n || m_ < x_.m || !solvable()) {
-      std::memset(x_.plan + problem_ * x_.n * x_.m, 0, sizeof(scalar) * x_.n * x_.m);
-      for (int64_t i = 0; i < x_.n; ++i) f[i] = -HUGE_VAL;
-      for (int64_t j = 0; j < x_.m; ++j) g[j] = -HUGE_VAL;
-    }
-    double transport_cost = 0, error = 0;
-    if (solvable()) {
-      for_rows([](Slice& slice) { slice.spent = wide_piece{}; }, [&](Slice& slice, int64_t slot) { write_row(slice, slot); });
-      for (int64_t s = 0; s < slice_count_; ++s)
-        for (int64_t k = 0; k < width; ++k) transport_cost += slices_[s].spent[k];
-      error = marginal_error();
-      take_potentials();
-      put_potentials(f, g, x_.epsilon);
-    } else {
-      iterations_ = x_.max_iter;
-      for (int64_t j = 0; j < m_; ++j) error += b_[j];
-    }
-    x_.transport_cost[problem_] = scalar(transport_cost);
-    x_.marginal_error[problem_] = scalar(error);
-    x_.n_iter[problem_] = static_cast<int32_t>(iterations_);
+    if (n_ < x_.n || m_ < x_.m) clear_result();
+    write_plan();
+    double transport_cost = 0;
+    for (int64_t s = 0; s < slice_count_; ++s)
+      for (int64_t k = 0; k < width; ++k) transport_cost += slices_[s].spent[k];
+    const double error = marginal_error();
+    take_potentials();
+    put_potentials(x_.f + problem_ * x_.n, x_.g + problem_ * x_.m, x_.epsilon);
+    write_numbers(transport_cost, error, iterations_);
   }
 
-  void write_row(Slice& slice, int64_t slot) {
-    const int64_t step = stride(slot);
-    const scalar *K = row(slot), *cost = cost_row(slot);
-    scalar *plan = x_.plan + (problem_ * x_.n + rows_[slot]) * x_.m, *terms = m_ == x_.m ? plan : slice.terms;
-    const scalar u = u_[slot], *v = v_;
-    const int64_t whole = m_ / width, chunks = chunks_;
-    const auto entries = [&](int64_t c) { return u * load<piece>(K + c * step) * load<piece>(v + c * width); };
-    piece spent = {};
-    for (int64_t c = 0; c < whole; ++c) {
-      const piece each = entries(c);
-      spent += each * load<piece>(cost + c * width);
-      store(terms + c * width, each);
-    }
-    if (whole < chunks) {
-      const piece each = entries(whole);
-      spent += each * load<piece>(cost + whole * width);
-      for (int64_t j = whole * width; j < m_; ++j) terms[j] = each[j - whole * width];
-    }
-    slice.spent += __builtin_convertvector(spent, wide_piece);
-    if (terms != plan)
-      for (int64_t j = 0; j < m_; ++j) plan[columns_[j]] = terms[j];
+  // Of a problem without mass on a side.
+  void write_nothing() {
+    clear_result();
+    double error = 0;
+    for (int64_t j = 0; j < m_; ++j) error += b_[j];
+    write_numbers(0, error, x_.max_iter);
+  }
+
+  void clear_result() {
+    std::memset(x_.plan + problem_ * x_.n * x_.m, 0, sizeof(scalar) * x_.n * x_.m);
+    for (int64_t i = 0; i < x_.n; ++i) x_.f[problem_ * x_.n + i] = -HUGE_VAL;
+    for (int64_t j = 0; j < x_.m; ++j) x_.g[problem_ * x_.m + j] = -HUGE_VAL;
+  }
+
+  void write_numbers(double transport_cost, double error, int64_t iterations) {
+    x_.transport_cost[problem_] = scalar(transport_cost);
+    x_.marginal_error[problem_] = scalar(error);
+    x_.n_iter[problem_] = static_cast<int32_t>(iterations);
   }
 
   const SinkhornArguments<scalar>& x_;
@@ -427,53 +367,54 @@ class SinkhornSolver {
   int64_t *rows_, *columns_;                            // where the mass is; -1 in an empty slot
   double *phi_, *log_a_, *alpha_;                       // [np]
   double *psi_, *log_b_, *beta_, *top_, *total_;        // [mp]
-  scalar *a_, *u_, *empty_row_;                         // [np]
-  scalar *b_, *v_, *w_, *empty_column_;                 // [mp]
+  scalar *a_, *u_, *sums_, *empty_row_;                 // [np]
+  scalar *b_, *v_, *next_v_, *w_, *empty_column_;       // [mp]
   Slice* slices_;
   scalar *K_, *copy_;   // [np, mp]
-  const scalar* cost_;  // [.., mp]
-  bool copied_ = false, in_cache_ = false, u_safe_ = true;
+  const scalar* cost_;  // rows that can be read in pieces: [.., chunks * width]
+  bool copied_ = false, iterating_ = false, redone_ = false, u_safe_ = true, v_safe_ = true;
 };
 
 }  // namespace HELO_FAST_SET
 }  // namespace
 
+#include "sinkhorn_matrix.h"
 #include "sinkhorn_sweeps.h"
 
 namespace {
 namespace HELO_FAST_SET {
 
-// Two small problems advance in turn, half an iteration each, so that the processor works on one while it waits for the other's sums.
 template <typename scalar>
 void solve_some(const SinkhornArguments<scalar>& x, int64_t begin, int64_t end, unsigned char* scratch, ForEach for_each) {
   using Solver = SinkhornSolver<scalar>;
-  const int64_t bytes = Solver::scratch_bytes(x.n, x.m);
-  const auto next = [&](Solver& solver) { return begin < end && (solver.begin(begin++), true); };
   Solver first(x, scratch, for_each);
-  bool first_runs = next(first);
-  if (bytes <= kPairBytes) {
-    Solver second(x, scratch + bytes, for_each);
-    for (bool second_runs = next(second); second_runs;) {
-      if (first_runs) first.front();
-      second.front();
-      if (first_runs) first_runs = first.back() || next(first);
-      second_runs = second.back() || next(second);
-    }
+  if (!Solver::in_cache(x.n, x.m)) {
+    while (first.next(begin, end))
+      while (first.iterate()) {}
+    return;
   }
-  while (first_runs) {
-    first.front();
-    first_runs = first.back() || next(first);
+  Solver second(x, scratch + Solver::scratch_bytes(x.n, x.m), for_each);
+  first.next(begin, end);
+  second.next(begin, end);
+  while (first.running() || second.running()) {
+    first.sum_rows(typename Solver::Finishing(second));
+    if (!second.end_iteration()) second.next(begin, end);
+    second.sum_rows(typename Solver::Scaling(first));
+    first.check_rows();
+    first.add_rows(typename Solver::Scaling(second));
+    second.check_rows();
+    second.add_rows(typename Solver::Finishing(first));
+    if (!first.end_iteration()) first.next(begin, end);
   }
 }
 
 template <typename scalar>
-int64_t scratch_of_two(int64_t n, int64_t m) {
-  const int64_t bytes = SinkhornSolver<scalar>::scratch_bytes(n, m);
-  return bytes > kPairBytes ? bytes : 2 * bytes;
+int64_t scratch_bytes(int64_t n, int64_t m) {
+  return (SinkhornSolver<scalar>::in_cache(n, m) ? 2 : 1) * SinkhornSolver<scalar>::scratch_bytes(n, m);
 }
 
 template <typename scalar>
-constexpr SinkhornKernel<scalar> sinkhorn = {solve_some<scalar>, scratch_of_two<scalar>};
+constexpr SinkhornKernel<scalar> sinkhorn = {solve_some<scalar>, scratch_bytes<scalar>};
 
 }  // namespace HELO_FAST_SET
 }  // namespace

@@ -38,46 +38,91 @@ HELO_FAST_INLINE void spread(typename Vectors<scalar>::full u, typename Vectors<
   }
 }
 
-template <typename scalar>
-HELO_FAST_INLINE void SinkhornSolver<scalar>::step_columns() {
-  Check check = new_check();
-  const bool hard = hard_columns_;
-  for (int64_t j = 0; j < mp_; j += lanes) check.see(rescale(hard, load<full>(w_ + j), v_, b_, log_b_, psi_, x_.kappa_b, j));
-  if (check.passed()) return;
-  exact_columns();
-  absorb();
-}
+struct NoTail {
+  HELO_FAST_INLINE void operator()() {}
+  HELO_FAST_INLINE void finish() {}
+};
 
-// u = a / (K v), then w = K' u: for problems in cache, in two steps; whether u is safe.
+// What is left after sum_rows(): u = a / sums, a group a piece. A sweep calls for one at every chunk.
 template <typename scalar>
-HELO_FAST_INLINE bool SinkhornSolver<scalar>::sum_rows() {
-  Check check = new_check();
+struct SinkhornSolver<scalar>::Scaling {
+  explicit Scaling(SinkhornSolver& solver) : solver(solver), check(new_check()) {}
+  HELO_FAST_INLINE void operator()() {
+    if (group < solver.groups_) piece();
+  }
+  HELO_FAST_INLINE void piece() {
+    solver.scale(group, load<full>(solver.sums_ + group * lanes), check);
+    ++group;
+  }
+  HELO_FAST_INLINE void finish() {
+    while (group < solver.groups_) piece();
+    solver.u_safe_ = check.passed();
+  }
+  SinkhornSolver& solver;
+  Check check;
+  int64_t group = 0;
+};
+
+// What is left after add_rows(): w from its parts, and v of the next iteration, a vector a piece.
+template <typename scalar>
+struct SinkhornSolver<scalar>::Finishing {
+  explicit Finishing(SinkhornSolver& solver) : solver(solver), check(new_check()), needed(solver.iterating_ && !solver.redone_) {
+    if (!needed) j = solver.mp_;
+  }
+  HELO_FAST_INLINE void operator()() {
+    if (j < solver.mp_) piece();
+  }
+  HELO_FAST_INLINE void piece() {
+    solver.finish(j, check);
+    j += lanes;
+  }
+  HELO_FAST_INLINE void finish() {
+    while (j < solver.mp_) piece();
+    if (needed) solver.v_safe_ = check.passed();
+  }
+  SinkhornSolver& solver;
+  Check check;
+  const bool needed;
+  int64_t j = 0;
+};
+
+// K v
+template <typename scalar>
+template <typename Tail>
+HELO_FAST_INLINE void SinkhornSolver<scalar>::sum_rows(Tail tail) {
+  iterating_ = running();
   for (int64_t group = 0; group < groups_; group += kBlockGroups)
-    with_depth<kBlockGroups * width>(block_depth(group), [&](auto deep) HELO_FAST_LAMBDA { sum_block<deep>(group, check); });
-  return check.passed();
+    with_depth<kBlockGroups * width>(block_depth(group), [&](auto deep) HELO_FAST_LAMBDA { sum_block<deep>(group, tail); });
+  tail.finish();
 }
 
+// w = K' u
 template <typename scalar>
-HELO_FAST_INLINE bool SinkhornSolver<scalar>::add_rows() {
+template <typename Tail>
+HELO_FAST_INLINE void SinkhornSolver<scalar>::add_rows(Tail tail) {
   scalar* w = slices_[0].partial;
-  for (int64_t group = 0; group < groups_; group += kBlockGroups)
-    with_depth<kBlockGroups * width>(block_depth(group), [&](auto deep) HELO_FAST_LAMBDA { add_block<deep>(group, group == 0, w); });
-  finish_columns(w);
-  return u_safe_;
+  if (!redone_)
+    for (int64_t group = 0; group < groups_; group += kBlockGroups)
+      with_depth<kBlockGroups * width>(
+          block_depth(group), [&](auto deep) HELO_FAST_LAMBDA { add_block<deep>(group, group == 0, w, tail); });
+  tail.finish();
 }
 
-// The same for all others, in one pass over K.
+// u = a / (K v) and w = K' u in one pass over K; whether u is safe.
 template <typename scalar>
 bool SinkhornSolver<scalar>::step_rows() {
   for_slices([&](Slice& slice, int64_t first, int64_t last) {
     Check check = new_check();
+    NoTail none;
     if (block_groups_ == 1)
       step_long_rows(first, last, slice.partial, check);
     else
       for (int64_t group = first; group < last; group += kBlockGroups)
         with_depth<kBlockGroups * width>(block_depth(group), [&](auto deep) {
-          sum_block<deep>(group, check);
-          add_block<deep>(group, group == first, slice.partial);
+          constexpr int sets = (deep + int(width) - 1) / int(width);
+          sum_block<deep>(group, none);
+          for (int set = 0; set < sets; ++set) scale(group + set, load<full>(sums_ + (group + set) * lanes), check);
+          add_block<deep>(group, group == first, slice.partial, none);
         });
     slice.safe = check.passed();
   });
@@ -87,62 +132,78 @@ bool SinkhornSolver<scalar>::step_rows() {
     for (int64_t i = 0; i < chunks_ * lanes; i += lanes)
       store(slices_[0].partial + i, load<full>(slices_[0].partial + i) + load<full>(slices_[s].partial + i));
   }
-  finish_columns(slices_[0].partial);
   return safe;
 }
 
+// w and the next v from w's parts.
 template <typename scalar>
-HELO_FAST_INLINE void SinkhornSolver<scalar>::finish_columns(scalar* parts) {
-  for (int64_t c = chunks_; c < mp_ / width; ++c) store(parts + c * lanes, full{});
-  for (int64_t j = 0; j < mp_; j += lanes) store(w_ + j, P::piece_sums(parts + j * P::count) + load<full>(empty_column_ + j));
+void SinkhornSolver<scalar>::new_columns() {
+  Check check = new_check();
+  for (int64_t j = 0; j < mp_; j += lanes) finish(j, check);
+  v_safe_ = check.passed();
 }
 
-// u = a / (K v)
 template <typename scalar>
-template <int deep>
-HELO_FAST_INLINE void SinkhornSolver<scalar>::sum_block(int64_t group, Check& check) {
+HELO_FAST_INLINE void SinkhornSolver<scalar>::finish(int64_t j, Check& check) {
+  const full sums = P::piece_sums(slices_[0].partial + j * P::count) + load<full>(empty_column_ + j);
+  store(w_ + j, sums);
+  next_columns(j, sums, check);
+}
+
+template <typename scalar>
+HELO_FAST_INLINE void SinkhornSolver<scalar>::next_columns(int64_t j, full sums, Check& check) {
+  const full v = rescale(hard_columns_, sums, b_, log_b_, psi_, x_.kappa_b, j);
+  store(next_v_ + j, v);
+  check.see(v);
+}
+
+template <typename scalar>
+template <int deep, typename Tail>
+HELO_FAST_INLINE void SinkhornSolver<scalar>::sum_block(int64_t group, Tail& tail) {
   constexpr int sets = (deep + int(width) - 1) / int(width);
   full sums[sets * width] = {};
-  sweep<0, deep, true>(nullptr, nullptr, nullptr, bricks(group), sums);
+  sweep<0, deep, true>(nullptr, nullptr, nullptr, bricks(group), sums, tail);
+  scalar* to = sums_ + group * lanes;
 #pragma GCC unroll 8
-  for (int set = 0; set < sets; ++set) scale(group + set, sums + set * width, check);
+  for (int set = 0; set < sets; ++set) store(to + set * lanes, P::transposed_sums(sums + set * width));
 }
 
-// w += K' u
 template <typename scalar>
-template <int deep>
-HELO_FAST_INLINE void SinkhornSolver<scalar>::add_block(int64_t group, bool fresh, scalar* w) const {
+template <int deep, typename Tail>
+HELO_FAST_INLINE void SinkhornSolver<scalar>::add_block(int64_t group, bool fresh, scalar* w, Tail& tail) const {
   constexpr int sets = (deep + int(width) - 1) / int(width);
   full weights[sets * width];
 #pragma GCC unroll 8
   for (int set = 0; set < sets; ++set) spread<scalar>(load<full>(u_ + (group + set) * lanes), weights + set * width);
   if (fresh)
-    sweep<deep, 0, true>(bricks(group), weights, w, nullptr, nullptr);
+    sweep<deep, 0, true>(bricks(group), weights, w, nullptr, nullptr, tail);
   else
-    sweep<deep, 0, false>(bricks(group), weights, w, nullptr, nullptr);
+    sweep<deep, 0, false>(bricks(group), weights, w, nullptr, nullptr, tail);
 }
 
 // Where rows are long, a sweep adds one group's part to w, from the first-level cache, while the next group arrives in it.
 template <typename scalar>
 void SinkhornSolver<scalar>::step_long_rows(int64_t first, int64_t last, scalar* w, Check& check) {
   full sums[width] = {}, weights[width];
+  NoTail none;
   for (int64_t c = 0; c < chunks_; ++c) store(w + c * lanes, full{});
-  with_depth<width>(depth(first), [&](auto next) { sweep<0, next, false>(nullptr, weights, w, bricks(first), sums); });
+  with_depth<width>(depth(first), [&](auto next) { sweep<0, next, false>(nullptr, weights, w, bricks(first), sums, none); });
   for (int64_t group = first; group < last; ++group) {
-    spread<scalar>(scale(group, sums, check), weights);
+    spread<scalar>(scale(group, P::transposed_sums(sums), check), weights);
     for (full& sum : sums) sum = full{};
     if (group + 1 < last)
       with_depth<width>(
-          depth(group + 1), [&](auto next) { sweep<width, next, false>(bricks(group), weights, w, bricks(group + 1), sums); });
+          depth(group + 1), [&](auto next) { sweep<width, next, false>(bricks(group), weights, w, bricks(group + 1), sums, none); });
     else
-      with_depth<width>(depth(group), [&](auto deep) { sweep<deep, 0, false>(bricks(group), weights, w, nullptr, sums); });
+      with_depth<width>(depth(group), [&](auto deep) { sweep<deep, 0, false>(bricks(group), weights, w, nullptr, sums, none); });
   }
 }
 
 // w (from nothing where fresh) += K' u of bricks `deep` deep; sums += K_next v of bricks `next` deep.
 template <typename scalar>
-template <int deep, int next, bool fresh>
-HELO_FAST_INLINE void SinkhornSolver<scalar>::sweep(const scalar* K, const full* weights, scalar* w, const scalar* K_next, full* sums) const {
+template <int deep, int next, bool fresh, typename Tail>
+HELO_FAST_INLINE void SinkhornSolver<scalar>::sweep(
+    const scalar* K, const full* weights, scalar* w, const scalar* K_next, full* sums, Tail& tail) const {
   const scalar *v = v_, *const end = v + chunks_ * width;
   for (; v < end; v += width) {
     if constexpr (next > 0) {
@@ -159,25 +220,26 @@ HELO_FAST_INLINE void SinkhornSolver<scalar>::sweep(const scalar* K, const full*
       K += deep * lanes;
       w += lanes;
     }
+    tail();
   }
 }
 
 template <typename scalar>
-HELO_FAST_INLINE typename SinkhornSolver<scalar>::full SinkhornSolver<scalar>::scale(int64_t group, const full* sums, Check& check) {
+HELO_FAST_INLINE typename SinkhornSolver<scalar>::full SinkhornSolver<scalar>::scale(int64_t group, full sums, Check& check) {
   const int64_t slot = group * lanes;
-  const full u = rescale(hard_rows_, P::transposed_sums(sums) + load<full>(empty_row_ + slot), u_, a_, log_a_, phi_, x_.kappa_a, slot);
+  sums += load<full>(empty_row_ + slot);
+  const full u = rescale(hard_rows_, sums, a_, log_a_, phi_, x_.kappa_a, slot);
+  store(u_ + slot, u);
   check.see(u);
   return u;
 }
 
-// scalings[at...] = mass * exp((kappa - 1) * potential) * sums^-kappa
+// mass * exp((kappa - 1) * potential) * sums^-kappa
 template <typename scalar>
 HELO_FAST_INLINE typename SinkhornSolver<scalar>::full SinkhornSolver<scalar>::rescale(
-    bool hard, full sums, scalar* scalings, const scalar* mass, const double* log_mass, const double* potential, double kappa, int64_t at) {
-  const full plain = sums > kTiny ? load<full>(mass + at) / sums : full{} + scalar(HUGE_VAL);
-  const full result = hard ? plain : damped(sums, log_mass + at, potential + at, kappa);
-  store(scalings + at, result);
-  return result;
+    bool hard, full sums, const scalar* mass, const double* log_mass, const double* potential, double kappa, int64_t at) const {
+  if (!hard) return damped(sums, log_mass + at, potential + at, kappa);
+  return sums > kTiny ? load<full>(mass + at) / sums : full{} + scalar(HUGE_VAL);
 }
 
 template <typename scalar>
