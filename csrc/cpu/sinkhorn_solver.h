@@ -110,17 +110,23 @@ class SinkhornSolver {
     if (!u_safe_) redo_rows();
   }
 
-  bool end_iteration() {
+  HELO_FAST_INLINE bool end_iteration() {
     if (!iterating_) return running();
     iterating_ = redone_ = false;
-    bool more = ++iterations_ < x_.max_iter;
+    if (++iterations_ == x_.max_iter || x_.kept || x_.tol >= 0) return end_iteration_with_results();
+    take_columns();
+    return true;
+  }
+
+ private:
+  __attribute__((noinline)) bool end_iteration_with_results() {
+    bool more = iterations_ < x_.max_iter;
     if (x_.kept) record(x_.history + (problem_ * x_.kept + iterations_ - 1) * (x_.n + x_.m));
     if (more && x_.tol >= 0 && iterations_ % x_.check_every == 0) more = !(marginal_error() <= x_.tol);
     more ? take_columns() : write();
     return more;
   }
 
- private:
   using Check = RangeCheck<scalar>;
   static Check new_check() { return Check(scalar(1 / kRange), scalar(kRange)); }
 
@@ -237,16 +243,16 @@ class SinkhornSolver {
   static full damped(full sums, const double* log_mass, const double* potential, double kappa);
 
   // v of the next iteration takes its place; redone where it is not safe.
-  void take_columns() {
-    if (v_safe_) {
-      std::swap(v_, next_v_);
-    } else {
-      exact_columns();
-      absorb();
-    }
+  HELO_FAST_INLINE void take_columns() {
+    v_safe_ ? std::swap(v_, next_v_) : redo_columns();
   }
 
-  void redo_rows() {
+  __attribute__((noinline)) void redo_columns() {
+    exact_columns();
+    absorb();
+  }
+
+  __attribute__((noinline)) void redo_rows() {
     exact_rows();
     absorb();
     columns_of_sums();
