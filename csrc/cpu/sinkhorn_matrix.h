@@ -42,9 +42,12 @@ template <typename scalar>
 void SinkhornSolver<scalar>::start() {
   for (int64_t i = 0; i < np_; ++i) phi_[i] = log_a_[i];
   for_slices([&](Slice& slice, int64_t first, int64_t last) {
+    const int64_t end = chunks_ * width;
     int64_t j = 0;
-    for (; j + lanes <= chunks_ * width; j += lanes) top_of_columns<full>(first, last, j, slice.partial);
-    for (; j < chunks_ * width; j += width) top_of_columns<piece>(first, last, j, slice.partial);
+    for (; j + 8 * lanes <= end; j += 8 * lanes) top_of_columns<full, 8>(first, last, j, slice.partial);
+    for (; j + 2 * lanes <= end; j += 2 * lanes) top_of_columns<full, 2>(first, last, j, slice.partial);
+    for (; j + lanes <= end; j += lanes) top_of_columns<full, 1>(first, last, j, slice.partial);
+    for (; j < end; j += width) top_of_columns<piece, 1>(first, last, j, slice.partial);
   });
   for (int64_t j = 0; j < m_; ++j) {
     scalar top = slices_[0].partial[j];
@@ -56,16 +59,22 @@ void SinkhornSolver<scalar>::start() {
 }
 
 template <typename scalar>
-template <typename vector>
+template <typename vector, int vectors>
 HELO_FAST_INLINE void SinkhornSolver<scalar>::top_of_columns(int64_t first, int64_t last, int64_t j, scalar* top) const {
+  constexpr int64_t size = sizeof(vector) / sizeof(scalar);
   const scalar per_epsilon = scalar(1 / x_.epsilon);
-  vector tops = vector{} - scalar(HUGE_VAL);
+  vector tops[vectors];
+  for (vector& each : tops) each = vector{} - scalar(HUGE_VAL);
   for (int64_t slot = first * lanes; slot < last * lanes; ++slot) {
     if (rows_[slot] < 0) continue;
-    const vector x = scalar(phi_[slot]) - load<vector>(cost_row(slot) + j) * per_epsilon;
-    tops = x > tops ? x : tops;
+    const scalar *cost = cost_row(slot) + j, phi = scalar(phi_[slot]);
+#pragma GCC unroll 8
+    for (int k = 0; k < vectors; ++k) {
+      const vector x = phi - load<vector>(cost + k * size) * per_epsilon;
+      tops[k] = x > tops[k] ? x : tops[k];
+    }
   }
-  store(top + j, tops);
+  for (int k = 0; k < vectors; ++k) store(top + j + k * size, tops[k]);
 }
 
 // K from phi and psi, and its column sums w; u = v = 1.

@@ -221,7 +221,7 @@ class SinkhornSolver {
   void write_plan();
   template <typename Body>
   void for_bricks(int64_t first, int64_t last, const Body& body) const;
-  template <typename vector>
+  template <typename vector, int vectors>
   void top_of_columns(int64_t first, int64_t last, int64_t j, scalar* top) const;
   void build_bricks(int64_t slot, double per_epsilon, scalar* sums, full* tail_sums) const;
   void write_bricks(Slice& slice, int64_t slot) const;

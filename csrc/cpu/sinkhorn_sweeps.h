@@ -204,22 +204,25 @@ template <typename scalar>
 template <int deep, int next, bool fresh, typename Tail>
 HELO_FAST_INLINE void SinkhornSolver<scalar>::sweep(
     const scalar* K, const full* weights, scalar* w, const scalar* K_next, full* sums, Tail& tail) const {
-  const scalar *v = v_, *const end = v + chunks_ * width;
-  for (; v < end; v += width) {
-    if constexpr (next > 0) {
-      const full vc = P::repeat(v);
+  const scalar* v = v_;
+  const auto sum = [&]() HELO_FAST_LAMBDA {
+    const full vc = P::repeat(v);
+    v += width;
 #pragma GCC unroll 16
-      for (int k = 0; k < next; ++k) sums[k] += load<full>(K_next + k * lanes) * vc;
-      K_next += next * lanes;
-    }
-    if constexpr (deep > 0) {
-      full sum = load<full>(K) * weights[0], more = fresh ? full{} : load<full>(w);
+    for (int k = 0; k < next; ++k) sums[k] += load<full>(K_next + k * lanes) * vc;
+    K_next += next * lanes;
+  };
+  const auto add = [&]() HELO_FAST_LAMBDA {
+    full even = load<full>(K) * weights[0], odd = fresh ? full{} : load<full>(w);
 #pragma GCC unroll 16
-      for (int k = 1; k < deep; ++k) (k % 2 ? more : sum) += load<full>(K + k * lanes) * weights[k];
-      store(w, sum + more);
-      K += deep * lanes;
-      w += lanes;
-    }
+    for (int k = 1; k < deep; ++k) (k % 2 ? odd : even) += load<full>(K + k * lanes) * weights[k];
+    store(w, even + odd);
+    K += deep * lanes;
+    w += lanes;
+  };
+  for (int64_t c = 0; c < chunks_; ++c) {
+    if constexpr (next > 0) sum();
+    if constexpr (deep > 0) add();
     tail();
   }
 }
