@@ -122,8 +122,8 @@ class PlanSolver {
   }
 
   // K *= A if powers (from is where K stands before); z = a / (K u), col_sum = K' z. False where a sum leaves the safe range.
-  // Four rows at a time: while they are in cache, once for their sums and once for the columns'. Up to four vectors of columns
-  // stay in registers (vectors > 0).
+  // Four rows at a time: while they are in cache, once for their sums and once for the columns', four rows later, when z has arrived.
+  // Up to four vectors of columns stay in registers (vectors > 0).
   template <bool powers, int vectors>
   bool sweep(const scalar* from) {
     using four = typename Pack<scalar, 4>::type;
@@ -137,6 +137,20 @@ class PlanSolver {
     else
       for (int64_t j = 0; j < mp; ++j) columns[j] = col_pad_[j];
     auto safe = four{} == four{};
+    const auto add = [&](const scalar* scale, const scalar* scaled) HELO_FAST_LAMBDA {
+#pragma GCC unroll 4
+      for (int64_t j = 0; j < mp; j += lanes) {
+        const full first = scale[0] * load<full>(scaled + j) + scale[1] * load<full>(scaled + mp + j);
+        const full second = scale[2] * load<full>(scaled + 2 * mp + j) + scale[3] * load<full>(scaled + 3 * mp + j);
+        if (vectors) {
+          even[j / lanes] += first;
+          odd[j / lanes] += second;
+        } else {
+          store(columns + j, load<full>(columns + j) + first + second);
+        }
+      }
+    };
+    const scalar* const result = powers ? K : from;
     for (int64_t i = 0; i < rows; i += 4, from += 4 * mp, A += 4 * mp, K += 4 * mp) {
       full sums[4] = {};
 #pragma GCC unroll 4
@@ -161,21 +175,10 @@ class PlanSolver {
       sum += extra;
       safe &= (sum > 1 / kRange) & (sum < kRange);
       top /= sum;
-      std::memcpy(scale, &top, sizeof top);
       std::memcpy(z + i, &top, sizeof top);
-      const scalar* scaled = powers ? K : from;
-#pragma GCC unroll 4
-      for (int64_t j = 0; j < mp; j += lanes) {
-        const full first = scale[0] * load<full>(scaled + j) + scale[1] * load<full>(scaled + mp + j);
-        const full second = scale[2] * load<full>(scaled + 2 * mp + j) + scale[3] * load<full>(scaled + 3 * mp + j);
-        if (vectors) {
-          even[j / lanes] += first;
-          odd[j / lanes] += second;
-        } else {
-          store(columns + j, load<full>(columns + j) + first + second);
-        }
-      }
+      if (i > 0) add(z + i - 4, result + (i - 4) * mp);
     }
+    add(z + rows - 4, result + (rows - 4) * mp);
     for (int v = 0; v < vectors; ++v) store(columns + v * lanes, even[v] + odd[v]);
     return all(safe);
   }
