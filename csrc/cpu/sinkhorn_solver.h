@@ -152,7 +152,6 @@ class SinkhornSolver {
   }
 
   static int64_t padded(int64_t count) { return (count + lanes - 1) / lanes * lanes; }
-  bool solvable() const { return n_ > 0 && m_ > 0; }
   int64_t depth(int64_t group) const { return group < n_ / lanes ? width : (n_ % lanes + P::count - 1) / P::count; }
   // Of the block that starts with this group.
   int64_t block_depth(int64_t group) const { return group + block_groups_ <= n_ / lanes ? block_groups_ * width : (groups_ - 1 - group) * width + depth(groups_ - 1); }
