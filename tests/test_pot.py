@@ -12,7 +12,7 @@ from helo_fast.pot import OTResult, solve_batch
 from helo_fast.testing import assert_close
 
 ot = pytest.importorskip("ot", reason="POT is not installed: pip install pot")
-batch = pytest.importorskip("ot.batch")
+batch = pytest.importorskip("ot.batch", reason="this POT has no ot.batch: pip install --upgrade pot")
 
 B, N, M_ = 3, 7, 5
 EXACT = {"rtol": 1e-9, "atol": 1e-11}  # float64, the same iterates

@@ -40,7 +40,6 @@ HELO_FAST_INLINE void spread(typename Vectors<scalar>::full u, typename Vectors<
 
 struct NoTail {
   HELO_FAST_INLINE void operator()() {}
-  HELO_FAST_INLINE void finish() {}
 };
 
 // What is left after sum_rows(): u = a / sums, a group a piece. A sweep calls for one at every chunk.
