@@ -212,17 +212,6 @@ def test_float32_at_the_least_epsilon_is_never_nan_nor_silently_zero(backend, co
         assert torch.allclose(distance, result.marginal_error.double(), rtol=1e-3, atol=1e-4)
 
 
-@pytest.fixture
-def known_flaw(request, backend):
-    """known_flaw(reason): the cpp back end fails here today, and has to fail, until the mark goes with the flaw."""
-
-    def mark(reason: str) -> None:
-        if backend == "cpp":
-            request.applymarker(pytest.mark.xfail(strict=True, reason=reason))
-
-    return mark
-
-
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("tau_a", (None, 1.0), ids=str)
 def test_kernel_entries_past_the_largest_number(backend, tau_a, dtype):
@@ -263,8 +252,8 @@ def test_potentials_of_tiny_masses_at_a_large_epsilon(backend):
     check(backend, torch.float32, exact, 0 * cost, a, b, epsilon=10.0, max_iter=1)
 
 
-def test_marginal_error_with_a_weak_penalty(backend, known_flaw):
-    known_flaw("its target b exp(-g / tau_b) multiplies the rounding of g by epsilon / tau_b")
+def test_marginal_error_with_a_weak_penalty(backend):
+    """Its target b exp(-g / tau_b) multiplies the rounding of g by epsilon / tau_b."""
     cost, a, b = problem(8, 20, 13, a="random", b="random")
     options = {"epsilon": 1.0, "max_iter": 40, "tau_a": 1.0, "tau_b": 1e-3}
     check(backend, torch.float32, extended(cost, a, b, **options), cost, a, b, **options)

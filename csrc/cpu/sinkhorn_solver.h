@@ -37,7 +37,7 @@ class SinkhornSolver {
       : x_(x), scratch_(scratch), for_each_(for_each), hard_rows_(x.kappa_a == 1), hard_columns_(x.kappa_b == 1) {
     const Sizes size(x.n, x.m);
     for (double** p : {&phi_, &log_a_, &alpha_}) *p = take<double>(size.rows);
-    for (double** p : {&psi_, &log_b_, &beta_, &top_, &total_}) *p = take<double>(size.columns);
+    for (double** p : {&psi_, &log_b_, &beta_, &g_, &next_g_, &top_, &total_}) *p = take<double>(size.columns);
     for (scalar** p : {&a_, &u_, &sums_, &empty_row_}) *p = take<scalar>(size.rows);
     for (scalar** p : {&b_, &v_, &next_v_, &w_, &empty_column_}) *p = take<scalar>(size.columns);
     rows_ = take<int64_t>(size.rows);
@@ -53,8 +53,8 @@ class SinkhornSolver {
     const Sizes size(n, m);
     const int64_t slice = int64_t(sizeof(Slice)) + size.columns * P::count * int64_t(sizeof(scalar)) + 64;
     const int64_t bytes = size.rows * (3 * 8 + 8 + 4 * int64_t(sizeof(scalar))) +
-                          size.columns * (5 * 8 + 8 + 5 * int64_t(sizeof(scalar))) + size.slices * slice +
-                          2 * size.rows * size.columns * int64_t(sizeof(scalar)) + 32 * 64;
+                          size.columns * (7 * 8 + 8 + 5 * int64_t(sizeof(scalar))) + size.slices * slice +
+                          2 * size.rows * size.columns * int64_t(sizeof(scalar)) + 34 * 64;
     return (bytes + 63) / 64 * 64;
   }
 
@@ -238,12 +238,15 @@ class SinkhornSolver {
   full scale(int64_t group, full sums, Check& check);
   void finish(int64_t j, Check& check);
   void next_columns(int64_t j, full sums, Check& check);
-  full rescale(bool hard, full sums, const scalar* mass, const double* log_mass, const double* potential, double kappa, int64_t at) const;
-  static full damped(full sums, const double* log_mass, const double* potential, double kappa);
+  full rescale(bool hard, full sums, const scalar* mass, const double* log_mass, const double* potential, double kappa, int64_t at,
+               double* updated) const;
+  static full damped(full sums, const double* log_mass, const double* potential, double kappa, double* updated);
 
   // v of the next iteration takes its place; redone where it is not safe.
   HELO_FAST_INLINE void take_columns() {
-    v_safe_ ? std::swap(v_, next_v_) : redo_columns();
+    if (!v_safe_) return redo_columns();
+    std::swap(v_, next_v_);
+    std::swap(g_, next_g_);
   }
 
   __attribute__((noinline)) void redo_columns() {
@@ -279,7 +282,7 @@ class SinkhornSolver {
       const scalar* cost = cost_row(slot);
       for (int64_t j = 0; j < m_; ++j) total_[j] += exp_vectorised(scalar(alpha_[slot] - cost[j] * per_epsilon - top_[j]));
     }
-    for (int64_t j = 0; j < m_; ++j) psi_[j] = log_b_[j] - x_.kappa_b * (top_[j] + log_vectorised(total_[j]));
+    for (int64_t j = 0; j < m_; ++j) g_[j] = -x_.kappa_b * (top_[j] + log_vectorised(total_[j])), psi_[j] = log_b_[j] + g_[j];
     for (int64_t j = 0; j < mp_; ++j) v_[j] = 1;
   }
 
@@ -315,10 +318,9 @@ class SinkhornSolver {
 
   // L1 distance of the column marginal from its optimal value; needs w of the current u.
   double marginal_error() {
-    if (x_.slope_b != 0) take_potentials();
     double error = 0;
     for (int64_t j = 0; j < m_; ++j) {
-      const double target = x_.slope_b == 0 ? b_[j] : b_[j] * std::exp(-x_.slope_b * beta_[j]);
+      const double target = x_.slope_b == 0 ? b_[j] : b_[j] * std::exp(-x_.slope_b * g_[j]);
       error += std::fabs(double(v_[j]) * w_[j] - target);
     }
     return error;
@@ -372,6 +374,7 @@ class SinkhornSolver {
   int64_t *rows_, *columns_;                            // where the mass is; -1 in an empty slot
   double *phi_, *log_a_, *alpha_;                       // [np]
   double *psi_, *log_b_, *beta_, *top_, *total_;        // [mp]
+  double *g_, *next_g_;                                 // [mp]; of v where the marginal is soft: log v, rounded, would be too coarse
   scalar *a_, *u_, *sums_, *empty_row_;                 // [np]
   scalar *b_, *v_, *next_v_, *w_, *empty_column_;       // [mp]
   Slice* slices_;
