@@ -49,6 +49,12 @@ STABLE_TORCH_LIBRARY(helo_fast_cpu, m) {
   m.def(
       "lcd_attention_bwd(Tensor grad_out, Tensor q, Tensor k, Tensor v, Tensor? bias, Tensor out, Tensor lse, Tensor? seed, "
       "float scale, int drop_below, int cut_below, float rescale, bool bias_grad) -> (Tensor dq, Tensor dk, Tensor dv, Tensor dbias)");
+  m.def(
+      "residual_norm_fwd(Tensor x, Tensor y, Tensor weight, Tensor bias, Tensor? seed, float eps, int cut_below, float rescale) "
+      "-> (Tensor out, Tensor mean, Tensor rstd)");
+  m.def(
+      "residual_norm_bwd(Tensor grad_out, Tensor x, Tensor y, Tensor weight, Tensor mean, Tensor rstd, Tensor? seed, int cut_below, "
+      "float rescale) -> (Tensor dx, Tensor dy, Tensor dweight, Tensor dbias)");
   m.def("cpu_capability() -> str");
 }
 

@@ -98,6 +98,27 @@ def fraction(op: str, name: str, value: float, *, below_one: bool = True) -> flo
     return float(value)
 
 
+def seed(op: str, value: object, reference_name: str, reference: torch.Tensor) -> torch.Tensor | None:
+    """An int64 value, or tensor with one element on the reference's device, as such a tensor; None stays."""
+    if isinstance(value, torch.Tensor):
+        if value.dtype != torch.int64:
+            raise TypeError(f"{op}: seed must be an int or an int64 tensor, got a {value.dtype} tensor; use seed.long()")
+        if value.numel() != 1:
+            raise ValueError(f"{op}: seed must hold one element, got {shape_text(value)}; index it")
+        if value.device != reference.device:
+            raise ValueError(
+                f"{op}: seed is on {value.device} but {reference_name} on {reference.device}; use seed.to({reference_name}.device)"
+            )
+        return value
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
+        raise TypeError(f"{op}: seed must be an int, an int64 tensor or None, got {type(value).__name__}; use int(seed)")
+    if not -(2**63) <= value < 2**63:
+        raise ValueError(f"{op}: seed must fit int64, got {value}; use seed % 2**63")
+    return torch.full((), value, dtype=torch.int64, device=reference.device)
+
+
 def choice(op: str, name: str, value: str, accepted: tuple[str, ...]) -> str:
     if value not in accepted:
         raise ValueError(f"{op}: {name} must be one of {', '.join(map(repr, accepted))}, got {value!r}")

@@ -21,6 +21,7 @@
 #include "attention_problem.h"
 #include "capability.h"
 #include "problems.h"
+#include "tensors.h"
 
 #define HELO_FAST_KERNEL "attention_kernel.h"
 #include "each_set.h"
@@ -33,22 +34,11 @@ namespace {
 constexpr int64_t kMostTasks = 64;                // that add to one gradient
 constexpr int64_t kMostPartials = int64_t(1) << 24;  // entries of their sums together, or one task's where that is more
 
-Storage storage(const Tensor& t) {
-  switch (t.scalar_type()) {
-    case ScalarType::Double: return Storage::float64;
-    case ScalarType::Half: return Storage::float16;
-    case ScalarType::BFloat16: return Storage::bfloat16;
-    default: return Storage::float32;
-  }
-}
-
 View view(const Tensor& t) {
   const auto stride = [&](int64_t dim) { return t.size(dim) == 1 ? 0 : t.stride(dim); };
   auto* data = static_cast<unsigned char*>(const_cast<void*>(t.const_data_ptr()));  // what is written to was made here
   return {data, storage(t), stride(0), stride(1), t.stride(2), t.dim() == 4 ? t.stride(3) : 1};
 }
-
-ScalarType compute_type(const Tensor& t) { return t.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float; }
 
 const AttentionKernel& kernel(const Tensor& t) {
   return t.scalar_type() == ScalarType::Double ? pick(baseline::attention<double>, avx2::attention<double>, avx512::attention<double>)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from .. import _checks
 from . import checkpoint
 from .config import HeLoConfig
-from .layers import MultiHeadAttention, TransformerLayer, draws_with_torch, gram, rates, transport, transport_plan
+from .layers import Encoded, Encoder, MultiHeadAttention, TransformerLayer, draws_with_torch, gram, rates, transport, transport_plan
 
 _NAME = "HeLo"
 _BUFFER = "label_correlation"
@@ -56,12 +56,12 @@ class HeLo(nn.Module):
         self.config = config
         channels, width, classes = config.n_channels, config.feature_dim, config.emotion_classes
         # This order fixes which random numbers initialise what.
-        self.eeg_encoder = nn.Linear(config.dim_eeg, width)
-        self.gsr_encoder = nn.Linear(config.dim_gsr, channels * width)
-        self.ppg_encoder = nn.Linear(config.dim_ppg, channels * width)
+        self.eeg_encoder = Encoder(config.dim_eeg, width)
+        self.gsr_encoder = Encoder(config.dim_gsr, width, channels)
+        self.ppg_encoder = Encoder(config.dim_ppg, width, channels)
         self.cross_attention = MultiHeadAttention(config, config.heads)
         self.projection = nn.Linear(width, width)
-        self.behavioral_encoder = nn.Linear(config.dim_video, 2 * channels * width)
+        self.behavioral_encoder = Encoder(config.dim_video, width, 2 * channels)
         self.transformer_layer = nn.ModuleList(TransformerLayer(config) for _ in range(config.depth))
         if config.unused_linear:
             self.linear = nn.Linear(classes * width, classes)
@@ -147,12 +147,9 @@ class HeLo(nn.Module):
             eeg, gsr, ppg, video: as :meth:`forward`.
         """
         eeg, gsr, ppg, video = self._inputs(eeg, gsr, ppg, video)
-        shape = (self.config.n_channels, self.config.feature_dim)
-        eeg = self.eeg_encoder(eeg)  # [B, C, D]
-        gsr = self.gsr_encoder(gsr).unflatten(-1, shape)
-        ppg = self.ppg_encoder(ppg).unflatten(-1, shape)
-        behavioral = self.behavioral_encoder(video).unflatten(-1, (2 * shape[0], shape[1]))
-        return self.projection(self.cross_attention(eeg, gsr, ppg)), behavioral
+        encoders = (self.eeg_encoder, self.gsr_encoder, self.ppg_encoder)  # to [B, C, D] each
+        physiological = self.cross_attention(*map(Encoded, encoders, (eeg, gsr, ppg)))
+        return self.projection(physiological), self.behavioral_encoder(video)
 
     @torch.no_grad()
     def fit_correlation(self, labels: Tensor) -> None:

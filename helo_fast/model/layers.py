@@ -10,6 +10,7 @@ from .. import _registry
 from ..ops.attention import reference as attention_reference
 from ..ops.attention.api import lcd_attention
 from ..ops.gromov.api import gromov_from_tokens
+from ..ops.residual_norm.api import residual_norm
 from ..ops.sinkhorn.api import sinkhorn
 from .config import HeLoConfig
 
@@ -39,6 +40,37 @@ def rates(config: HeLoConfig, training: bool) -> tuple[float, float]:
     return config.dropkey if training or config.dropkey_in_evaluation else 0.0, config.dropout if training else 0.0
 
 
+class Encoder(nn.Linear):
+    """Features [.., in_features] to tokens [.., count, width]; without count, to one token [.., width]."""
+
+    def __init__(self, in_features: int, width: int, count: int | None = None):
+        super().__init__(in_features, width * (count or 1))
+        self.shape = (width,) if count is None else (count, width)
+
+    def forward(self, features: Tensor) -> Tensor:
+        return super().forward(features).unflatten(-1, self.shape)
+
+
+class Encoded:
+    """The tokens encoder(features), and linear maps of them."""
+
+    def __init__(self, encoder: Encoder, features: Tensor):
+        self.encoder, self.features = encoder, features
+
+    def tokens(self) -> Tensor:
+        return self.encoder(self.features)
+
+    def through(self, linear: nn.Linear) -> Tensor:
+        """linear(tokens()); by the product of the two matrices where that is less work, and not on the eager back end, the reference."""
+        encoder = self.encoder
+        if not torch.compiler.is_compiling():  # a compiled graph serves every batch size, and cannot see which back end is in force
+            if _registry.requested(None) == "eager" or self.features.shape[:-1].numel() < encoder.in_features:
+                return linear(self.tokens())
+        weight, bias = (t.unflatten(0, encoder.shape) for t in (encoder.weight, encoder.bias))  # [.., D, in_features], [.., D]
+        weight, bias = linear.weight @ weight, F.linear(bias, linear.weight, linear.bias)
+        return F.linear(self.features, weight.flatten(0, -2), bias.flatten()).unflatten(-1, encoder.shape)
+
+
 class MultiHeadAttention(nn.Module):
     """LayerNorm(x + softmax(dropkey((q k' + bias) scale)) v), with q from x, k and v from y; no biases, no output projection."""
 
@@ -54,17 +86,18 @@ class MultiHeadAttention(nn.Module):
 
     def forward(
         self,
-        x: Tensor,  # [B, n, D], or [n, D] shared by the batch
-        *sources: Tensor,  # each y [B, m, D]; x attends to one after the other, and the query is projected once
+        x: Tensor | Encoded,  # [B, n, D], or [n, D] shared by the batch
+        *sources: Tensor | Encoded,  # each y [B, m, D]; x attends to one after the other, and the query is projected once
         bias: Tensor | None = None,  # [n, m] or [B, n, m], added before the scale
     ) -> Tensor:  # [B, len(sources) n, D]
-        q = self._split(self.linear_q(x))  # [B, H, n, d] or [H, n, d]
-        results = [x + self._attend(q, y, bias).transpose(1, 2).flatten(2) for y in sources]  # [B, n, D] each
-        return self.layer_norm(results[0] if len(results) == 1 else torch.cat(results, 1))
+        q = self._project(self.linear_q, x)  # [B, H, n, d] or [H, n, d]
+        x = x.tokens() if isinstance(x, Encoded) else x
+        results = [_add_and_norm(self.layer_norm, x, self._attend(q, y, bias).transpose(1, 2).flatten(2)) for y in sources]
+        return results[0] if len(results) == 1 else torch.cat(results, 1)
 
-    def _attend(self, q: Tensor, y: Tensor, bias: Tensor | None) -> Tensor:
-        k = self._split(self.linear_k(y))  # [B, H, m, d]
-        v = self._split(self.linear_v(y))  # [B, H, m, d]
+    def _attend(self, q: Tensor, y: Tensor | Encoded, bias: Tensor | None) -> Tensor:
+        k = self._project(self.linear_k, y)  # [B, H, m, d]
+        v = self._project(self.linear_v, y)  # [B, H, m, d]
         bias = None if bias is None else bias.to(q.dtype)
         dropkey, dropout = rates(self.config, self.training)
         if (dropkey or dropout) and draws_with_torch(self.config.rng, q):
@@ -73,9 +106,10 @@ class MultiHeadAttention(nn.Module):
             return attention_reference.lcd_attention(q, k, v, bias, drop=drop, keep=keep, released_gradient=released)
         return lcd_attention(q, k, v, bias, dropkey_p=dropkey, dropout_p=dropout)
 
-    def _split(self, x: Tensor) -> Tensor:
-        """[.., n, D] as [.., H, n, d]."""
-        return x.unflatten(-1, (self.heads, -1)).transpose(-3, -2)
+    def _project(self, linear: nn.Linear, x: Tensor | Encoded) -> Tensor:
+        """linear(x) [.., n, D] as [.., H, n, d]."""
+        projected = x.through(linear) if isinstance(x, Encoded) else linear(x)
+        return projected.unflatten(-1, (self.heads, -1)).transpose(-3, -2)
 
 
 def _torch_masks(
@@ -88,16 +122,12 @@ def _torch_masks(
     return drop, keep
 
 
-def _dropout(x: Tensor, p: float, rng: str) -> Tensor:
-    """Dropout; on the CPU, away from the released order, with p to the nearest multiple of 2^-16, 16 random bits per entry."""
-    if p == 0:
-        return x
-    if x.device.type != "cpu" or draws_with_torch(rng, x):
-        return F.dropout(x, p)
-    # F.dropout draws and compares entry by entry there: it takes as long as the layer's matrix products.
-    dropped = min(round(p * 2**16), 2**16 - 1)
-    bits = torch.randint(-(2**63), 2**63 - 1, (-(-x.numel() // 4),)).view(torch.int16)[: x.numel()].view(x.shape)
-    return x * ((bits >= dropped - 2**15).to(x.dtype) * (2**16 / (2**16 - dropped)))
+def _add_and_norm(norm: nn.LayerNorm, x: Tensor, y: Tensor, p: float = 0.0, rng: str = "auto") -> Tensor:
+    """norm(x + dropout(y)) [B, n, D]; x may be [n, D], shared by the batch."""
+    # On a GPU torch.compile fuses the plain operations, and their dropout is torch's.
+    if y.device.type != "cpu" or draws_with_torch(rng if p else "auto", y):
+        return norm(x + F.dropout(y, p))
+    return residual_norm(x.expand(y.shape), y, norm.weight, norm.bias, dropout_p=p, eps=norm.eps)
 
 
 class FeedForward(nn.Module):
@@ -112,7 +142,7 @@ class FeedForward(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         _, dropout = rates(self.config, self.training)
-        return self.layer_norm(x + _dropout(self.w2(F.gelu(self.w1(x))), dropout, self.config.rng))
+        return _add_and_norm(self.layer_norm, x, self.w2(F.gelu(self.w1(x))), dropout, self.config.rng)
 
 
 class TransformerLayer(nn.Module):
@@ -130,8 +160,13 @@ class TransformerLayer(nn.Module):
 def gram(x: Tensor, dim: int) -> Tensor:
     """x x' with x scaled to unit norm along dim: over its rows' entries (-1, cosine similarity of the rows) or over the rows (-2)."""
     with torch.autocast(x.device.type, enabled=False):
-        x = F.normalize(x, dim=dim, eps=NORM_FLOOR)
+        x = _to_unit_norm(x, dim)
         return x @ x.mT
+
+
+def _to_unit_norm(x: Tensor, dim: int) -> Tensor:
+    """F.normalize(x, dim=dim, eps=NORM_FLOOR), whose norm is slow on a CPU."""
+    return x / x.square().sum(dim, keepdim=True).clamp(min=NORM_FLOOR**2).sqrt()
 
 
 def transport_plan(config: HeLoConfig, x: Tensor, y: Tensor) -> Tensor:
@@ -155,7 +190,7 @@ def transport_plan(config: HeLoConfig, x: Tensor, y: Tensor) -> Tensor:
 def _cosine_cost(x: Tensor, y: Tensor) -> Tensor:
     """1 - cos(x_i, y_j), [B, n, m], at least in float32."""
     with torch.autocast(x.device.type, enabled=False):
-        x, y = (F.normalize(t if t.dtype == torch.float64 else t.float(), dim=-1, eps=NORM_FLOOR) for t in (x, y))
+        x, y = (_to_unit_norm(t if t.dtype == torch.float64 else t.float(), -1) for t in (x, y))
         return 1 - x @ y.mT
 
 

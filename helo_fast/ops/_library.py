@@ -50,3 +50,12 @@ def autocast_to_float32(name: str) -> None:
     """Under autocast, run in float32 (half-precision inputs are widened)."""
     for device in ("cpu", "cuda"):
         torch.library.register_autocast(f"helo_fast::{name}", device, torch.float32, lib=_library)
+
+
+def cast_by_autocast(*tensors: object) -> tuple:
+    """What torch does to the inputs of scaled_dot_product_attention under autocast; anything but tensors is left to the checks."""
+    device = next((t.device.type for t in tensors if isinstance(t, torch.Tensor)), "cpu")
+    if not torch.is_autocast_enabled(device):
+        return tensors
+    dtype = torch.get_autocast_dtype(device)
+    return tuple(t.to(dtype) if isinstance(t, torch.Tensor) and t.is_floating_point() and t.dtype != torch.float64 else t for t in tensors)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ... import _checks
+from .. import _library
 from . import op as _op  # noqa: F401  (defines torch.ops.helo_fast.lcd_attention_fwd)
 from . import philox
 
@@ -79,28 +80,19 @@ def lcd_attention(
 
     Source: Zheng et al., "HeLo", ACM MM 2025, section 3.4; DropKey: Li et al., "DropKey for Vision Transformer", CVPR 2023.
     """
-    q, k, v, bias = _cast_by_autocast(q, k, v, bias)
+    q, k, v, bias = _library.cast_by_autocast(q, k, v, bias)
     B, H, n, m = _check_tensors(q, k, v)
     bias = None if bias is None else _check_bias(bias, q, B, H, n, m)
     scale = q.shape[-1] ** -0.5 if scale is None else _finite("scale", scale)
     dropkey_p = _checks.fraction(_NAME, "dropkey_p", dropkey_p, below_one=False)
     dropout_p = _checks.fraction(_NAME, "dropout_p", dropout_p)
-    seed = _check_seed(seed, q)
+    seed = _checks.seed(_NAME, seed, "q", q)
     if philox.dropkey_threshold(dropkey_p) == 0 and philox.dropout_threshold(dropout_p) == 0:
         seed = None
     elif seed is None:
         seed = torch.randint(2**63 - 1, (), device=q.device)
     q = q if q.dim() == 4 else q.unsqueeze(0)
     return torch.ops.helo_fast.lcd_attention_fwd(q, k, v, bias, seed, scale, dropkey_p, dropout_p, backend or "")[0]
-
-
-def _cast_by_autocast(*tensors: object) -> tuple:
-    """What torch does to the inputs of scaled_dot_product_attention under autocast; anything but tensors is left to the checks."""
-    device = next((t.device.type for t in tensors if isinstance(t, Tensor)), "cpu")
-    if not torch.is_autocast_enabled(device):
-        return tensors
-    dtype = torch.get_autocast_dtype(device)
-    return tuple(t.to(dtype) if isinstance(t, Tensor) and t.is_floating_point() and t.dtype != torch.float64 else t for t in tensors)
 
 
 def _check_tensors(q: Tensor, k: Tensor, v: Tensor) -> tuple[int, int, int, int]:
@@ -130,25 +122,6 @@ def _check_bias(bias: Tensor, q: Tensor, B: int, H: int, n: int, m: int) -> Tens
     if bias.dim() == 2:
         bias = bias.unsqueeze(0)
     return bias.unsqueeze(1) if bias.dim() == 3 else bias
-
-
-def _check_seed(seed: object, q: Tensor) -> Tensor | None:
-    """The seed as an int64 tensor with one element."""
-    if isinstance(seed, Tensor):
-        if seed.dtype != torch.int64:
-            raise TypeError(f"{_NAME}: seed must be an int or an int64 tensor, got a {seed.dtype} tensor; use seed.long()")
-        if seed.numel() != 1:
-            raise ValueError(f"{_NAME}: seed must hold one element, got {_checks.shape_text(seed)}; index it")
-        if seed.device != q.device:
-            raise ValueError(f"{_NAME}: seed is on {seed.device} but q on {q.device}; use seed.to(q.device)")
-        return seed
-    if seed is None:
-        return None
-    if isinstance(seed, bool) or not isinstance(seed, (int, torch.SymInt)):
-        raise TypeError(f"{_NAME}: seed must be an int, an int64 tensor or None, got {type(seed).__name__}; use int(seed)")
-    if not -(2**63) <= seed < 2**63:
-        raise ValueError(f"{_NAME}: seed must fit int64, got {seed}; use seed % 2**63")
-    return torch.full((), seed, dtype=torch.int64, device=q.device)
 
 
 def _finite(name: str, value: object) -> float:

@@ -1,0 +1,43 @@
+"""Who runs residual_norm. Each adapter turns the op's arguments into one kernel call."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ... import _registry
+from ..._registry import CPP, EAGER, Adapter
+from ..attention import philox
+from . import reference
+
+
+def _cpp_fwd(x: Tensor, y: Tensor, weight: Tensor, bias: Tensor, seed: Tensor | None, dropout_p: float, eps: float) -> tuple[Tensor, ...]:
+    tensors = (t.contiguous() for t in (x, y, weight, bias))
+    return torch.ops.helo_fast_cpu.residual_norm_fwd(*tensors, seed, eps, *_drawn(dropout_p))
+
+
+def _cpp_bwd(*arguments: object) -> tuple[Tensor, ...]:
+    *tensors, mean, rstd, seed, dropout_p = arguments
+    dx, dy, dweight, dbias = torch.ops.helo_fast_cpu.residual_norm_bwd(
+        *(t.contiguous() for t in tensors), mean, rstd, seed, *_drawn(dropout_p)
+    )
+    return dx, dy if seed is not None else None, dweight, dbias
+
+
+def _drawn(dropout_p: float) -> tuple[int, float]:
+    """The probability as kernels take it: a threshold and the rescale."""
+    return philox.dropout_threshold(dropout_p), philox.dropout_rescale(dropout_p)
+
+
+def _on_cpu(tensor: Tensor) -> str | None:
+    return None if tensor.device.type == "cpu" else f"it runs on cpu tensors, got {tensor.device.type}"
+
+
+_registry.register(
+    "residual_norm",
+    (
+        Adapter(EAGER, {"fwd": reference.fwd, "bwd": reference.bwd}),
+        Adapter(CPP, {"fwd": _cpp_fwd, "bwd": _cpp_bwd}, _on_cpu),
+    ),
+    auto={"cpu": ("cpp", "eager"), "cuda": ("eager",)},
+)
