@@ -308,6 +308,21 @@ def test_compiles_to_one_graph(preset, training):
     assert model.eeg_encoder.weight.grad.isfinite().all()
 
 
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("preset", PRESETS)
+def test_one_compiled_graph_serves_every_batch_size(preset, training):
+    """fullgraph refuses a graph break, the stance a recompilation. (torch itself sets apart size 1, and sizes equal to a fixed one.)"""
+    model = build(preset).train(training)
+    torch._dynamo.reset()
+    compiled = torch.compile(lambda *inputs: model.loss(*inputs)[0], fullgraph=True, dynamic=True, backend="aot_eager")
+    for size, stance in ((11, "default"), (2, "fail_on_recompile"), (33, "fail_on_recompile"), (200, "fail_on_recompile")):
+        with torch.compiler.set_stance(stance):
+            loss = compiled(*batch(size))
+        loss.backward()
+        if preset == "paper" and not training:
+            torch.testing.assert_close(loss, model.loss(*batch(size))[0])
+
+
 # Shapes
 
 

@@ -5,6 +5,8 @@ x and y are [.., D] of one shape and dtype, weight and bias [D], seed is None wh
 
 from __future__ import annotations
 
+import math
+
 import torch
 
 from ... import _registry
@@ -31,8 +33,7 @@ def _fwd(x, y, weight, bias, seed, dropout_p, eps, backend):
 
 @_library.fake("residual_norm_fwd")
 def _fwd_fake(x, y, weight, bias, seed, dropout_p, eps, backend):
-    rows = x.shape[:-1].numel()
-    statistic = x.new_empty(rows, dtype=compute_dtype(x.dtype))
+    statistic = x.new_empty(math.prod(x.shape[:-1]), dtype=compute_dtype(x.dtype))
     return x.new_empty(x.shape), statistic, torch.empty_like(statistic)
 
 
