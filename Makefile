@@ -8,7 +8,7 @@ STAMP  := $(VENV)/.helo-fast-installed
 NATIVE := $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.cu csrc/*/*.h)
 
 .DEFAULT_GOAL := help
-.PHONY: help install lint test sanitize demo bench performance clean
+.PHONY: help install lint test sanitize demo bench performance profile clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -46,6 +46,9 @@ performance: $(STAMP)  ## the benchmarks with the large sizes, into docs/perform
 	@mkdir -p .benchmarks
 	$(BIN)/pytest benchmarks --benchmark-only -m "large or not large" --benchmark-json=.benchmarks/performance.json -q
 	$(BIN)/python -m benchmarks.report .benchmarks/performance.json docs
+
+profile: $(STAMP)  ## where a training step spends its time, an operator a row
+	$(BIN)/python -m benchmarks.profile_step
 
 clean:  ## remove what the build made
 	rm -rf build dist *.egg-info helo_fast/*.so

@@ -57,6 +57,7 @@ CPU_ROWS = [
     *_training("released", 128, 3.5),
     *_training("paper", 128, 3.5),
 ]
+BATCHES = (32, 128, 512, 2048)  # of training, in the run with the large sizes
 CUDA_ROWS = [
     *_sinkhorn("B8192 n36", 50, None, " cuda"),
     *_sinkhorn("B256 n256", 20, None, " cuda"),
@@ -150,14 +151,28 @@ def _met(target: float | None, measured: float, at_most: bool = False) -> str:
     return "yes" if (measured <= target if at_most else measured >= target) else "no"
 
 
-def half_precision(run: Run, preset: str, target: float) -> tuple[str, ...]:
-    group, member = f"train step {preset} B128", "auto bfloat16"
-    head = (f"training step, {preset}, bfloat16 autocast, B 128", "eager float32", f"{target:g}x")
+def half_precision(run: Run, preset: str, target: float | None, batch: int = 128) -> tuple[str, ...]:
+    group, member = f"train step {preset} B{batch}", "auto bfloat16"
+    head = (f"training step, {preset}, bfloat16 autocast, B {batch}", "eager float32", "-" if target is None else f"{target:g}x")
     reason = run.missing(group, member) or run.missing(group, "eager")
     if reason:
         return *head, "not measured", "-", reason
     theirs, own = run.value(group, "eager"), run.value(group, member)
     return *head, f"{theirs / own:.2f}x", _met(target, theirs / own), f"auto; {theirs * 1e3:.3g} / {own * 1e3:.3g} ms"
+
+
+def by_batch_size(run: Run) -> list[tuple[str, ...]]:
+    """Training over batch sizes; nothing where the run left them out."""
+    if f"train step released B{BATCHES[-1]}" not in run.groups:
+        return []
+    rows = []
+    for preset in ("released", "paper"):
+        for batch in BATCHES:
+            label, group = f"training step, {preset}, B {batch}", f"train step {preset} B{batch}"
+            rows += [ratio(run, Row(label, group, against, None)) for against in ("eager", "compile")]
+            rows.append(half_precision(run, preset, None, batch))
+            rows += [ratio(run, Row(label + ": peak memory", group, against, None, "peak_bytes")) for against in ("eager", "compile")]
+    return rows
 
 
 def dispatch(run: Run) -> tuple[str, ...]:
@@ -256,11 +271,13 @@ def tables(run: Run) -> list[tuple[str, list[tuple[str, ...]], str]]:
     memory = [row for row in CPU_ROWS if row.quantity == "peak_bytes"]
     rows = [*(ratio(run, row) for row in speed), *(half_precision(run, *entry) for entry in HALF), dispatch(run), importing(run)]
     gpu = run.environment["gpu"]
+    by_batch = by_batch_size(run)
     on_gpu = [(f"On {gpu}", [ratio(run, row) for row in CUDA_ROWS], "")] if gpu else []
     return [
         ("Speed", rows, ""),
         ("Over the floor (at most)", *floors(run)),
         ("Peak memory", [ratio(run, row) for row in memory], ""),
+        *([("Training over batch sizes", by_batch, "")] if by_batch else []),
         ("Calibration", calibration(run), "" if gpu else "GPU rows: not measured, no CUDA device is visible to torch."),
         *on_gpu,
     ]

@@ -41,7 +41,8 @@ class TrainingStep:
 
     Args:
         preset: "released" or "paper".
-        member: a back end or "auto"; "naive" (eager, with the solver's autograd graph built); either with " bfloat16" for autocast.
+        member: a back end or "auto"; "naive" (eager, with the solver's autograd graph built); "compile" (eager under torch.compile);
+            each with " bfloat16" for autocast.
         batch: B.
         overrides: HeLoConfig fields.
     """
@@ -63,6 +64,12 @@ class TrainingStep:
         embedding = torch.rand(batch, c.emotion_classes, c.feature_dim, generator=generator)
         self.label_embedding = None if c.learned_label_embedding else embedding.to(device, dtype)  # for answer(): draws depend on the dtype
         self.model.fit_correlation(self.batch[-1])
+        # fallback_random: the seeds of torch's own generator, so that the answer can be compared.
+        self.loss = (
+            torch.compile(self.model.loss, dynamic=False, options={"fallback_random": True})
+            if self.member == "compile"
+            else self.model.loss
+        )
 
     def __call__(self) -> Tensor:
         return self._step()
@@ -75,10 +82,11 @@ class TrainingStep:
 
     def _step(self, **options: Tensor | None) -> Tensor:
         self.model.zero_grad(set_to_none=True)
-        transport = peers.naive_transport() if self.member == "naive" else helo_fast.backend(self.member)
+        backend = "eager" if self.member == "compile" else self.member
+        transport = peers.naive_transport() if self.member == "naive" else helo_fast.backend(backend)
         device = self.batch[0].device.type
         autocast = torch.autocast(device, torch.bfloat16) if self.half else contextlib.nullcontext()
         with transport, autocast:
-            loss, _ = self.model.loss(*self.batch, **options)
+            loss, _ = self.loss(*self.batch, **options)
         loss.backward()  # each op's backward runs on the back end of its forward
         return loss
