@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ... import _checks
+from .. import _library
 from . import op as _op  # noqa: F401  (defines torch.ops.helo_fast.lcd_attention_fwd)
 from . import philox
 
@@ -91,7 +92,7 @@ def lcd_attention(
     elif seed is None:
         seed = torch.randint(2**63 - 1, (), device=q.device)
     q = q if q.dim() == 4 else q.unsqueeze(0)
-    return torch.ops.helo_fast.lcd_attention_fwd(q, k, v, bias, seed, scale, dropkey_p, dropout_p, backend or "")[0]
+    return _library.call("lcd_attention_fwd", (q, k, v, bias, seed), scale, dropkey_p, dropout_p, backend or "")[0]
 
 
 def _cast_by_autocast(*tensors: object) -> tuple:
