@@ -19,9 +19,10 @@ std::string cpu_capability() { return capability_name(capability()); }
 
 STABLE_TORCH_LIBRARY(helo_fast_cpu, m) {
   m.def(
-      "sinkhorn_fwd(Tensor cost, Tensor a, Tensor b, float epsilon, int max_iter, float? tol, int check_every, "
+      "sinkhorn_fwd(Tensor cost, Tensor? a, Tensor? b, float epsilon, int max_iter, float? tol, int check_every, "
       "float? tau_a, float? tau_b, bool keep_history) "
-      "-> (Tensor plan, Tensor f, Tensor g, Tensor transport_cost, Tensor marginal_error, Tensor n_iter, Tensor history)");
+      "-> (Tensor plan, Tensor f, Tensor g, Tensor transport_cost, Tensor marginal_error, Tensor n_iter, Tensor converged, "
+      "Tensor history)");
   m.def(
       "gromov_wasserstein_fwd(Tensor cost_x, Tensor cost_y, Tensor a, Tensor b, Tensor? cost_xy, float alpha, str method, "
       "float epsilon, int outer_iter, int inner_iter, float? tol) "

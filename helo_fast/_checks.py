@@ -75,11 +75,11 @@ def shape(op: str, name: str, value: torch.Tensor, accepted: tuple[tuple[int, ..
 
 
 def positive(op: str, name: str, value: float, hint: str = "") -> float:
+    if isinstance(value, (int, float)) and 0 < value < math.inf:  # plain comparisons, so that torch.compile traces them
+        return float(value)
     if isinstance(value, torch.Tensor):
         raise TypeError(f"{op}: {name} must be a Python number, got a tensor; use {name}.item()")
-    if not (isinstance(value, (int, float)) and 0 < value < math.inf):  # plain comparisons, so that torch.compile traces them
-        raise ValueError(f"{op}: {name} must be a finite number above 0, got {value!r}{'; ' + hint if hint else ''}")
-    return float(value)
+    raise ValueError(f"{op}: {name} must be a finite number above 0, got {value!r}{'; ' + hint if hint else ''}")
 
 
 def at_least(op: str, name: str, value: int, least: int) -> int:

@@ -7,6 +7,7 @@ An operator's ``backends.py`` calls :func:`register` once per back end; the oper
 from __future__ import annotations
 
 import contextlib
+import operator
 import os
 from collections.abc import Callable, Iterator, Mapping
 from contextvars import ContextVar
@@ -35,6 +36,12 @@ class Adapter:
     backend: Backend
     kernels: Mapping[str, Callable]
     refuses: Callable[[torch.Tensor], str | None] = lambda tensor: None
+
+
+def only_on(device: str) -> Callable[[torch.Tensor], str | None]:
+    """The ``refuses`` of a back end for one type of device."""
+    is_on = operator.attrgetter(f"is_{device}")  # cheaper than the device's type, at every call
+    return lambda tensor: None if is_on(tensor) else f"it runs on {device} tensors, got {tensor.device.type}"
 
 
 def _triton_unavailable() -> str | None:

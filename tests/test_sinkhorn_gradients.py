@@ -132,7 +132,7 @@ def test_opcheck(gradient, dtype, backend, device_for):
     a, b = torch.full((2, 4), 0.25, dtype=dtype), torch.full((2, 3), 1 / 3, dtype=dtype)
     torch.library.opcheck(torch.ops.helo_fast.sinkhorn_fwd.default, (cost, a, b, 0.1, 5, 1e-3, 2, None, None, gradient, backend))
     options = (0.1, 5, None, 2, None, None, "unrolled", backend)
-    plan, f, g, _, _, n_iter, history = torch.ops.helo_fast.sinkhorn_fwd(cost.detach(), a, b, *options)
+    plan, f, g, _, _, n_iter, _, history = torch.ops.helo_fast.sinkhorn_fwd(cost.detach(), a, b, *options)
     grads = (torch.rand_like(plan), torch.rand_like(f), None, torch.rand(2, dtype=dtype), 0.1, None, 0.5, backend)
     torch.library.opcheck(torch.ops.helo_fast.sinkhorn_implicit_bwd.default, (cost.detach(), a, b, plan, *grads))
     torch.library.opcheck(torch.ops.helo_fast.sinkhorn_unrolled_bwd.default, (cost.detach(), a, b, plan, history, n_iter, *grads))

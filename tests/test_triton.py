@@ -104,7 +104,7 @@ def test_kernel_keeps_the_history(device_for):
     inputs = arguments["cost"], torch.full((6, 20), 1 / 20, device=device).double(), torch.full((6, 16), 1 / 16, device=device).double()
     options = (arguments["epsilon"], arguments["max_iter"], 1e-3, 10, None, None, "unrolled")
     with poisoned_memory(device):
-        *_, n_iter, history = torch.ops.helo_fast.sinkhorn_fwd(*inputs, *options, "triton")
+        *_, n_iter, _, history = torch.ops.helo_fast.sinkhorn_fwd(*inputs, *options, "triton")
     *_, expected = torch.ops.helo_fast.sinkhorn_fwd(*inputs, *options, "eager")
     ran = torch.arange(arguments["max_iter"], device=device) < n_iter.unsqueeze(-1)
     assert n_iter.min() < arguments["max_iter"] and torch.allclose(history[ran], expected[ran], atol=1e-12) and (history[~ran] == 0).all()

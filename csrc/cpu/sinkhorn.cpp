@@ -14,8 +14,10 @@
 #include <tuple>
 #include <type_traits>
 #include <utility>
+#include <vector>
 
 #include "capability.h"
+#include "outputs.h"
 #include "problems.h"
 #include "sinkhorn_problem.h"
 
@@ -26,6 +28,8 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
 namespace {
+
+constexpr double converged_by_default = 1e-4;  // as in helo_fast/ops/sinkhorn/reference.py
 
 double damping(std::optional<double> tau, double epsilon) { return tau ? *tau / (*tau + epsilon) : 1.0; }
 
@@ -43,33 +47,38 @@ void solve_all(const SinkhornArguments<scalar>& x, int64_t batch) {
   }
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> sinkhorn_fwd(
-    const Tensor& cost,  // [B, n, m], contiguous, float32 or float64
-    const Tensor& a,     // [B, n]
-    const Tensor& b,     // [B, m]
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> sinkhorn_fwd(
+    const Tensor& cost,              // [B, n, m], contiguous, float32 or float64
+    const std::optional<Tensor>& a,  // [B, n]; none is uniform
+    const std::optional<Tensor>& b,  // [B, m]
     double epsilon, int64_t max_iter, std::optional<double> tol, int64_t check_every, std::optional<double> tau_a,
     std::optional<double> tau_b, bool keep_history) {
   const int64_t batch = cost.size(0), n = cost.size(1), m = cost.size(2);
-  Tensor plan = torch::stable::empty_like(cost), f = torch::stable::empty_like(a), g = torch::stable::empty_like(b);
-  Tensor transport_cost = torch::stable::new_empty(cost, {batch});
-  Tensor marginal_error = torch::stable::new_empty(cost, {batch});
-  Tensor n_iter = torch::stable::new_empty(cost, {batch}, ScalarType::Int);
-  Tensor history = torch::stable::new_zeros(cost, {batch, keep_history ? max_iter : 0, n + m});
+  const ScalarType dtype = cost.scalar_type();
+  Tensor plan = empty(dtype, {batch, n, m}), f = empty(dtype, {batch, n}), g = empty(dtype, {batch, m});
+  Tensor transport_cost = empty(dtype, {batch}), marginal_error = empty(dtype, {batch});
+  Tensor n_iter = empty(ScalarType::Int, {batch}), converged = empty(ScalarType::Bool, {batch});
+  Tensor history = keep_history ? torch::stable::new_zeros(cost, {batch, max_iter, n + m}) : empty(dtype, {batch, 0, n + m});
   const auto run = [&](auto zero) {
     using scalar = decltype(zero);
     const auto in = [](const Tensor& t) { return static_cast<const scalar*>(t.const_data_ptr()); };
     const auto out = [](Tensor& t) { return static_cast<scalar*>(t.mutable_data_ptr()); };
+    const std::vector<scalar> uniform_a(a ? 0 : batch * n, scalar(1.0 / n)), uniform_b(b ? 0 : batch * m, scalar(1.0 / m));
     const SinkhornArguments<scalar> x{
-        in(cost), in(a), in(b), out(plan), out(f), out(g), out(transport_cost), out(marginal_error), out(history),
+        in(cost), a ? in(*a) : uniform_a.data(), b ? in(*b) : uniform_b.data(), out(plan), out(f), out(g), out(transport_cost),
+        out(marginal_error), out(history),
         static_cast<int32_t*>(n_iter.mutable_data_ptr()), n, m, keep_history ? max_iter : 0, max_iter, check_every, epsilon,
         tol.value_or(-1), damping(tau_a, epsilon), damping(tau_b, epsilon), tau_b ? epsilon / *tau_b : 0};
     if (batch > 0) solve_all<scalar>(x, batch);
+    const scalar converged_at = static_cast<scalar>(tol.value_or(converged_by_default));
+    bool* each = static_cast<bool*>(converged.mutable_data_ptr());
+    for (int64_t i = 0; i < batch; ++i) each[i] = x.marginal_error[i] <= converged_at;
   };
-  if (cost.scalar_type() == ScalarType::Double)
+  if (dtype == ScalarType::Double)
     run(double(0));
   else
     run(float(0));
-  return {plan, f, g, transport_cost, marginal_error, n_iter, history};
+  return {plan, f, g, transport_cost, marginal_error, n_iter, converged, history};
 }
 
 }  // namespace

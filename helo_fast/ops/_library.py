@@ -1,12 +1,34 @@
-"""The one torch.library namespace of this package, and the few verbs that the ops are declared with."""
+"""The one torch.library namespace of this package, the few verbs that the ops are declared with, and the way to call them."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
 import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+from torch.nn import Parameter
+from torch.overrides import has_torch_function
+
+try:  # torch's own, not promised: without one of them every call takes the dispatcher
+    from torch._C import (
+        _are_functorch_transforms_active,
+        _AutoDispatchBelowAutograd,
+        _is_any_autocast_enabled,
+        _is_tracing,
+        _len_torch_dispatch_stack,
+    )
+    from torch.autograd import _profiler_enabled
+
+    forward_ad._current_level  # noqa: B018
+    _MAY_GO_STRAIGHT = True
+except (ImportError, AttributeError):
+    _MAY_GO_STRAIGHT = False
 
 _library = torch.library.Library("helo_fast", "DEF")
+_PLAIN = (Tensor, Parameter)
+_implementations: dict[str, Callable] = {}
+_functions: dict[str, type[torch.autograd.Function]] = {}
 
 
 def define(schema: str) -> None:
@@ -18,6 +40,7 @@ def implement(name: str) -> Callable:
 
     def decorate(function: Callable) -> Callable:
         _library.impl(name, function, "CompositeExplicitAutograd")
+        _implementations[name] = function
         return function
 
     return decorate
@@ -35,6 +58,13 @@ def fake(name: str) -> Callable:
 
 def autograd(name: str, backward: Callable, setup_context: Callable) -> None:
     torch.library.register_autograd(f"helo_fast::{name}", backward, setup_context=setup_context, lib=_library)
+
+    def forward(ctx, *arguments):
+        output = _below_autograd(name, *arguments)
+        setup_context(ctx, arguments, output)
+        return output
+
+    _functions[name] = type(name, (torch.autograd.Function,), {"forward": staticmethod(forward), "backward": staticmethod(backward)})
 
 
 def refuse_second_derivative(name: str, operator: str) -> None:
@@ -54,8 +84,52 @@ def autocast_to_float32(name: str) -> None:
 
 def cast_by_autocast(*tensors: object) -> tuple:
     """What torch does to the inputs of scaled_dot_product_attention under autocast; anything but tensors is left to the checks."""
-    device = next((t.device.type for t in tensors if isinstance(t, torch.Tensor)), "cpu")
-    if not torch.is_autocast_enabled(device):
+    device = next((t.device.type for t in tensors if isinstance(t, Tensor)), "cpu")
+    if device == "meta" or not torch.is_autocast_enabled(device):  # torch does not answer for meta
         return tensors
     dtype = torch.get_autocast_dtype(device)
-    return tuple(t.to(dtype) if isinstance(t, torch.Tensor) and t.is_floating_point() and t.dtype != torch.float64 else t for t in tensors)
+    return tuple(t.to(dtype) if isinstance(t, Tensor) and t.is_floating_point() and t.dtype != torch.float64 else t for t in tensors)
+
+
+def without_autocast(kernel: Callable, tensor: Tensor, *arguments: object) -> tuple[Tensor, ...]:
+    """kernel(tensor, *arguments), whose products autocast would otherwise turn into halves."""
+    if not torch.is_autocast_enabled(tensor.device.type):
+        return kernel(tensor, *arguments)
+    with torch.autocast(tensor.device.type, enabled=False):
+        return kernel(tensor, *arguments)
+
+
+def call(name: str, tensors: tuple[Tensor | None, ...], *options: object) -> tuple[Tensor, ...]:
+    """torch.ops.helo_fast.<name>(*tensors, *options), straight to the implementation where the dispatcher has nothing to do on the way.
+
+    For an op written in Python the dispatcher takes several times as long as a small kernel, and its autograd wrapper longer still.
+    """
+    if (  # a compiler, a mode, a transform, a tracer, the profiler or autocast would see the call, or change it
+        torch.compiler.is_compiling()
+        or not _MAY_GO_STRAIGHT
+        or has_torch_function(tensors)
+        or _len_torch_dispatch_stack()
+        or _are_functorch_transforms_active()
+        or forward_ad._current_level >= 0
+        or _is_any_autocast_enabled()
+        or _profiler_enabled()
+        or _is_tracing()
+    ):
+        return getattr(torch.ops.helo_fast, name)(*tensors, *options)
+    differentiable = False
+    for x in tensors:
+        if x is not None:
+            if type(x) not in _PLAIN or not (x.is_cpu or x.is_cuda) or x.is_neg():  # a tensor that is more than its memory
+                return getattr(torch.ops.helo_fast, name)(*tensors, *options)
+            differentiable = differentiable or x.requires_grad
+    if not torch.is_grad_enabled():
+        return _below_autograd(name, *tensors, *options)
+    if differentiable:
+        return _functions[name].apply(*tensors, *options)
+    return _implementations[name](*tensors, *options)
+
+
+def _below_autograd(name: str, *arguments: object) -> tuple[Tensor, ...]:
+    """The implementation as the dispatcher runs it: no graph is recorded, and no result is a view that was made without one."""
+    with _AutoDispatchBelowAutograd():
+        return _implementations[name](*arguments)

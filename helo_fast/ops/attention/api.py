@@ -92,7 +92,7 @@ def lcd_attention(
     elif seed is None:
         seed = torch.randint(2**63 - 1, (), device=q.device)
     q = q if q.dim() == 4 else q.unsqueeze(0)
-    return torch.ops.helo_fast.lcd_attention_fwd(q, k, v, bias, seed, scale, dropkey_p, dropout_p, backend or "")[0]
+    return _library.call("lcd_attention_fwd", (q, k, v, bias, seed), scale, dropkey_p, dropout_p, backend or "")[0]
 
 
 def _check_tensors(q: Tensor, k: Tensor, v: Tensor) -> tuple[int, int, int, int]:

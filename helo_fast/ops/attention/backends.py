@@ -26,15 +26,11 @@ def _cpp_bwd(*arguments: object) -> tuple[Tensor, ...]:
     return torch.ops.helo_fast_cpu.lcd_attention_bwd(*tensors, scale, *_drawn(dropkey_p, dropout_p), bias_grad)
 
 
-def _on_cpu(tensor: Tensor) -> str | None:
-    return None if tensor.device.type == "cpu" else f"it runs on cpu tensors, got {tensor.device.type}"
-
-
 _registry.register(
     "lcd_attention",
     (
         Adapter(EAGER, {"fwd": reference.fwd, "bwd": reference.bwd}),
-        Adapter(CPP, {"fwd": _cpp_fwd, "bwd": _cpp_bwd}, _on_cpu),
+        Adapter(CPP, {"fwd": _cpp_fwd, "bwd": _cpp_bwd}, _registry.only_on("cpu")),
     ),
     auto={"cpu": ("cpp", "eager"), "cuda": ("eager",)},
 )

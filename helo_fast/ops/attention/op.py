@@ -5,7 +5,6 @@ q is [B or 1, H, n, d], bias [B or 1, H or 1, n, m], all of one dtype, as api.py
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from ... import _registry
@@ -33,8 +32,7 @@ def _kernel(name: str, q: Tensor, seed: Tensor | None, dropkey_p: float, dropout
 @_library.implement("lcd_attention_fwd")
 def _fwd(q, k, v, bias, seed, scale, dropkey_p, dropout_p, backend):
     kernel = _kernel("fwd", q, seed, dropkey_p, dropout_p, backend)
-    with torch.autocast(q.device.type, enabled=False):
-        return kernel(q, k, v, bias, seed, scale, dropkey_p, dropout_p)
+    return _library.without_autocast(kernel, q, k, v, bias, seed, scale, dropkey_p, dropout_p)
 
 
 @_library.fake("lcd_attention_fwd")
@@ -46,8 +44,8 @@ def _fwd_fake(q, k, v, bias, seed, scale, dropkey_p, dropout_p, backend):
 @_library.implement("lcd_attention_bwd")
 def _bwd(grad_out, q, k, v, bias, out, lse, seed, scale, dropkey_p, dropout_p, bias_grad, backend):
     kernel = _kernel("bwd", q, seed, dropkey_p, dropout_p, backend)
-    with torch.autocast(q.device.type, enabled=False):
-        dq, dk, dv, dbias = kernel(grad_out, q, k, v, bias, out, lse, seed, scale, dropkey_p, dropout_p, bias_grad)
+    arguments = (grad_out, q, k, v, bias, out, lse, seed, scale, dropkey_p, dropout_p, bias_grad)
+    dq, dk, dv, dbias = _library.without_autocast(kernel, *arguments)
     return dq, dk, dv, q.new_empty(0) if dbias is None else dbias  # a schema has no optional results
 
 
@@ -72,7 +70,7 @@ def _backward(ctx, grad_out, _):
     if grad_out is None:
         return None, None, None, None, *rest
     bias_grad = ctx.needs_input_grad[3]
-    dq, dk, dv, dbias = torch.ops.helo_fast.lcd_attention_bwd(grad_out, *ctx.saved_tensors, *ctx.options, bias_grad, ctx.backend)
+    dq, dk, dv, dbias = _library.call("lcd_attention_bwd", (grad_out, *ctx.saved_tensors), *ctx.options, bias_grad, ctx.backend)
     return dq, dk, dv, dbias if bias_grad else None, *rest
 
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ... import _checks
+from .. import _library
 from . import op as _op  # noqa: F401  (defines torch.ops.helo_fast.gromov_*)
 
 METHODS = ("proximal", "entropic")
@@ -116,12 +117,9 @@ def gromov_wasserstein(
     if cost_xy is None and alpha < 1:
         raise ValueError(f"{name}: alpha is {alpha} but cost_xy is None; give cost_xy [B, n, m], or alpha=1 for no cross cost")
     a, b, compute = _marginals(name, a, b, "cost_x", cost_x, n, m)
-    result = torch.ops.helo_fast.gromov_wasserstein_fwd(
-        cost_x.to(compute),
-        cost_y.to(compute),
-        a,
-        b,
-        _cross(name, cost_xy, "cost_x", cost_x, (batch, n, m), compute),
+    result = _library.call(
+        "gromov_wasserstein_fwd",
+        (_cast(cost_x, compute), _cast(cost_y, compute), a, b, _cross(name, cost_xy, "cost_x", cost_x, (batch, n, m), compute)),
         float(alpha),
         method,
         _checks.positive(name, "epsilon", epsilon, "it is in squared units of cost_x"),
@@ -197,12 +195,9 @@ def gromov_from_tokens(
     _checks.choice(name, "threshold_over", threshold_over, THRESHOLDS)
     _solver(name, alpha, method, tol)
     a, b, compute = _marginals(name, a, b, "x", x, n, m)
-    result = torch.ops.helo_fast.gromov_from_tokens_fwd(
-        x.to(compute),
-        y.to(compute),
-        a,
-        b,
-        _cross(name, cost_xy, "x", x, (batch, n, m), compute),
+    result = _library.call(
+        "gromov_from_tokens_fwd",
+        (_cast(x, compute), _cast(y, compute), a, b, _cross(name, cost_xy, "x", x, (batch, n, m), compute)),
         threshold,
         threshold_over == "batch",
         float(alpha),
@@ -248,7 +243,11 @@ def _cross(
     _checks.tensor(op, "cost_xy", cost_xy, (3,), "[B, n, m]")
     _checks.like(op, "cost_xy", cost_xy, reference_name, reference)
     _checks.shape(op, "cost_xy", cost_xy, (shape,), "[B, n, m]")
-    return cost_xy.to(compute)
+    return _cast(cost_xy, compute)
+
+
+def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    return tensor if tensor.dtype == dtype else tensor.to(dtype)  # what has nothing to do still takes a microsecond
 
 
 def _marginals(
@@ -260,12 +259,12 @@ def _marginals(
     masses = []
     for name, mass, size, symbol in (("a", a, n, "n"), ("b", b, m, "m")):
         if mass is None:
-            mass = torch.full((size,), 1.0 / size, dtype=compute, device=reference.device)
+            masses.append(torch.full((batch, size), 1.0 / size, dtype=compute, device=reference.device))
         else:
             _checks.tensor(op, name, mass, (1, 2), f"[B, {symbol}] or [{symbol}]")
             _checks.like(op, name, mass, reference_name, reference)
             _checks.shape(op, name, mass, ((batch, size), (size,)), f"[B, {symbol}] or [{symbol}]")
-        masses.append(mass.to(compute).expand(batch, size))
+            masses.append(mass.to(compute).expand(batch, size))
     given, (a, b) = a is not None or b is not None, masses
     if given and _checks.reads_values(a):
         _checks.marginals(op, a, b, balanced=True, dtype=reference.dtype)
@@ -273,4 +272,5 @@ def _marginals(
 
 
 def _result(outputs: tuple[Tensor, ...], dtype: torch.dtype) -> GromovResult:
-    return GromovResult(*(t.to(dtype) if t.dtype.is_floating_point else t for t in outputs))
+    plan, gw_cost, marginal_error, n_iter, converged = outputs
+    return GromovResult(_cast(plan, dtype), _cast(gw_cost, dtype), _cast(marginal_error, dtype), n_iter, converged)

@@ -12,14 +12,10 @@ from . import reference
 
 def _cpp(kernel: str):
     def call(*arguments: object) -> tuple[Tensor, ...]:
-        contiguous = (value.contiguous() if isinstance(value, Tensor) else value for value in arguments)
+        contiguous = [value.contiguous() if isinstance(value, Tensor) else value for value in arguments]
         return getattr(torch.ops.helo_fast_cpu, kernel)(*contiguous)
 
     return call
-
-
-def _only_cpu(tensor: Tensor) -> str | None:
-    return None if tensor.device.type == "cpu" else f"it runs on cpu tensors, got {tensor.device.type}"
 
 
 _EAGER = {
@@ -37,6 +33,6 @@ _CPP = {
 
 _registry.register(
     "gromov",
-    (Adapter(EAGER, _EAGER), Adapter(CPP, _CPP, _only_cpu)),
+    (Adapter(EAGER, _EAGER), Adapter(CPP, _CPP, _registry.only_on("cpu"))),
     auto={"cpu": ("cpp", "eager"), "cuda": ("eager",)},
 )

@@ -30,9 +30,7 @@ _library.define(
 
 
 def _run(kernel: str, backend: str, tensor: Tensor, *arguments: object) -> tuple[Tensor, ...]:
-    function = _registry.resolve("gromov", tensor, backend).kernels[kernel]
-    with torch.autocast(tensor.device.type, enabled=False):  # its products would otherwise be halves
-        return function(tensor, *arguments)
+    return _library.without_autocast(_registry.resolve("gromov", tensor, backend).kernels[kernel], tensor, *arguments)
 
 
 @_library.implement("gromov_wasserstein_fwd")
@@ -92,7 +90,7 @@ def _backward(ctx, _, grad_cost, *__):
     rest = (None,) * 7
     if grad_cost is None:
         return None, None, None, None, None, *rest
-    d_x, d_y, d_xy = torch.ops.helo_fast.gromov_wasserstein_bwd(*ctx.saved_tensors, grad_cost, *ctx.options)
+    d_x, d_y, d_xy = _library.call("gromov_wasserstein_bwd", (*ctx.saved_tensors, grad_cost), *ctx.options)
     return d_x, d_y, None, None, d_xy if ctx.options[1] else None, *rest
 
 
@@ -109,7 +107,7 @@ def _from_tokens_backward(ctx, _, grad_cost, *__):
     rest = (None,) * 9
     if grad_cost is None:
         return None, None, None, None, None, *rest
-    d_x, d_y, d_xy = torch.ops.helo_fast.gromov_from_tokens_bwd(*ctx.saved_tensors, grad_cost, *ctx.options)
+    d_x, d_y, d_xy = _library.call("gromov_from_tokens_bwd", (*ctx.saved_tensors, grad_cost), *ctx.options)
     return d_x, d_y, None, None, d_xy if ctx.options[3] else None, *rest
 
 

@@ -68,7 +68,7 @@ def residual_norm(
         seed = None
     elif seed is None:
         seed = torch.randint(2**63 - 1, (), device=x.device)
-    return torch.ops.helo_fast.residual_norm_fwd(x, y, weight, bias, seed, dropout_p, eps, backend or "")[0]
+    return _library.call("residual_norm_fwd", (x, y, weight, bias, seed), dropout_p, eps, backend or "")[0]
 
 
 def _check_tensors(x: Tensor, y: Tensor, weight: Tensor, bias: Tensor) -> None:

@@ -29,15 +29,11 @@ def _drawn(dropout_p: float) -> tuple[int, float]:
     return philox.dropout_threshold(dropout_p), philox.dropout_rescale(dropout_p)
 
 
-def _on_cpu(tensor: Tensor) -> str | None:
-    return None if tensor.device.type == "cpu" else f"it runs on cpu tensors, got {tensor.device.type}"
-
-
 _registry.register(
     "residual_norm",
     (
         Adapter(EAGER, {"fwd": reference.fwd, "bwd": reference.bwd}),
-        Adapter(CPP, {"fwd": _cpp_fwd, "bwd": _cpp_bwd}, _on_cpu),
+        Adapter(CPP, {"fwd": _cpp_fwd, "bwd": _cpp_bwd}, _registry.only_on("cpu")),
     ),
     auto={"cpu": ("cpp", "eager"), "cuda": ("eager",)},
 )

@@ -27,8 +27,7 @@ _library.define(
 @_library.implement("residual_norm_fwd")
 def _fwd(x, y, weight, bias, seed, dropout_p, eps, backend):
     kernel = _registry.resolve("residual_norm", x, backend).kernels["fwd"]
-    with torch.autocast(x.device.type, enabled=False):
-        return kernel(x, y, weight, bias, seed, dropout_p, eps)
+    return _library.without_autocast(kernel, x, y, weight, bias, seed, dropout_p, eps)
 
 
 @_library.fake("residual_norm_fwd")
@@ -40,8 +39,7 @@ def _fwd_fake(x, y, weight, bias, seed, dropout_p, eps, backend):
 @_library.implement("residual_norm_bwd")
 def _bwd(grad_out, x, y, weight, mean, rstd, seed, dropout_p, backend):
     kernel = _registry.resolve("residual_norm", x, backend).kernels["bwd"]
-    with torch.autocast(x.device.type, enabled=False):
-        dx, dy, dweight, dbias = kernel(grad_out, x, y, weight, mean, rstd, seed, dropout_p)
+    dx, dy, dweight, dbias = _library.without_autocast(kernel, grad_out, x, y, weight, mean, rstd, seed, dropout_p)
     return dx, y.new_empty(0) if dy is None else dy, dweight, dbias  # a schema has no optional results
 
 
@@ -64,7 +62,7 @@ def _backward(ctx, grad_out, *_):
     rest = (None,) * 4
     if grad_out is None:
         return None, None, None, None, *rest
-    dx, dy, dweight, dbias = torch.ops.helo_fast.residual_norm_bwd(grad_out, *ctx.saved_tensors, ctx.dropout_p, ctx.backend)
+    dx, dy, dweight, dbias = _library.call("residual_norm_bwd", (grad_out, *ctx.saved_tensors), ctx.dropout_p, ctx.backend)
     return dx, dx if ctx.saved_tensors[-1] is None else dy, dweight, dbias, *rest
 
 

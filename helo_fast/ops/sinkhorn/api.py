@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from ... import _checks
+from .. import _library
 from . import op as _op  # noqa: F401  (defines torch.ops.helo_fast.sinkhorn_fwd)
-from .reference import CONVERGED_BY_DEFAULT
 
 _NAME = "sinkhorn"
 GRADIENTS = ("implicit", "unrolled", "envelope", "none")
@@ -114,22 +114,22 @@ def sinkhorn(
 
     dtype = cost.dtype
     compute = torch.float64 if dtype == torch.float64 else torch.float32
-    solved = (cost.unsqueeze(0) if single else cost).to(compute)
-    given = a is not None or b is not None
-    a = _marginal("a", a, "n_rows", n_rows, cost, batch, n, compute)
-    b = _marginal("b", b, "n_cols", n_cols, cost, batch, m, compute)
-    if given and _checks.reads_values(a):
-        or_else = ", or give tau_a and tau_b for unbalanced transport"
-        _checks.marginals(_NAME, a, b, balanced=tau_a is None and tau_b is None, dtype=dtype, or_else=or_else)
-    if gradient == "none":
-        solved, a, b = solved.detach(), a.detach(), b.detach()
-    plan, f, g, transport_cost, marginal_error, n_iter, _ = torch.ops.helo_fast.sinkhorn_fwd(
-        solved, a, b, epsilon, max_iter, tol, check_every, tau_a, tau_b, gradient, backend or ""
-    )
-    converged = marginal_error <= (CONVERGED_BY_DEFAULT if tol is None else tol)
+    solved = cost.unsqueeze(0) if single else cost
     if dtype != compute:
-        plan, f, g, transport_cost, marginal_error = (t.to(dtype) for t in (plan, f, g, transport_cost, marginal_error))
-    result = SinkhornResult(plan, f, g, transport_cost, marginal_error, n_iter, converged)
+        solved = solved.to(compute)
+    if a is not None or b is not None or n_rows is not None or n_cols is not None:  # else uniform, which the op knows
+        given = a is not None or b is not None
+        a = _marginal("a", a, "n_rows", n_rows, cost, batch, n, compute)
+        b = _marginal("b", b, "n_cols", n_cols, cost, batch, m, compute)
+        if given and _checks.reads_values(a):
+            or_else = ", or give tau_a and tau_b for unbalanced transport"
+            _checks.marginals(_NAME, a, b, balanced=tau_a is None and tau_b is None, dtype=dtype, or_else=or_else)
+    if gradient == "none":
+        solved, a, b = (t if t is None else t.detach() for t in (solved, a, b))
+    options = (epsilon, max_iter, tol, check_every, tau_a, tau_b, gradient, backend or "")
+    result = SinkhornResult(*_library.call("sinkhorn_fwd", (solved, a, b), *options)[:7])  # all but the history
+    if dtype != compute:
+        result = SinkhornResult(*(t.to(dtype) for t in result[:5]), result.n_iter, result.converged)
     return SinkhornResult(*(t.squeeze(0) for t in result)) if single else result
 
 

@@ -12,12 +12,13 @@ from ..._registry import CPP, CUDA, EAGER, TRITON, Adapter
 from . import reference
 
 
-def _cpp_fwd(cost: Tensor, a: Tensor, b: Tensor, *options: object) -> tuple[Tensor, ...]:
-    return torch.ops.helo_fast_cpu.sinkhorn_fwd(cost.contiguous(), a.contiguous(), b.contiguous(), *options)
-
-
 def _contiguous(*tensors: Tensor | None) -> list[Tensor | None]:
     return [tensor if tensor is None else tensor.contiguous() for tensor in tensors]
+
+
+def _cpp_fwd(cost: Tensor, a: Tensor | None, b: Tensor | None, *options: object) -> tuple[Tensor, ...]:
+    a, b = a if a is None else a.contiguous(), b if b is None else b.contiguous()
+    return torch.ops.helo_fast_cpu.sinkhorn_fwd(cost.contiguous(), a, b, *options)
 
 
 def _cpp_implicit_bwd(cost, a, b, plan, grad_plan, grad_f, grad_g, grad_cost, *options: object) -> tuple[Tensor, ...]:
@@ -30,14 +31,20 @@ def _cpp_unrolled_bwd(cost, a, b, plan, history, n_iter, grad_plan, grad_f, grad
     return torch.ops.helo_fast_cpu.sinkhorn_unrolled_bwd(cost, a, b, plan, history, n_iter, grad_plan, grad_f, grad_g, grad_cost, *options)
 
 
-def _cuda_fwd(cost: Tensor, a: Tensor, b: Tensor, *options: object) -> tuple[Tensor, ...]:
-    return torch.ops.helo_fast_cuda.sinkhorn_fwd(cost.contiguous(), a.contiguous(), b.contiguous(), *options)
+def _with_converged(outputs: tuple[Tensor, ...], epsilon: float, max_iter: int, tol: float | None, *rest: object) -> tuple[Tensor, ...]:
+    *values, n_iter, history = outputs
+    return *values, n_iter, reference.converged(values[-1], tol), history
 
 
-def _triton_fwd(cost: Tensor, a: Tensor, b: Tensor, *options: object) -> tuple[Tensor, ...]:
+def _cuda_fwd(cost: Tensor, a: Tensor | None, b: Tensor | None, *options: object) -> tuple[Tensor, ...]:
+    inputs = _contiguous(cost, *reference.marginals(cost, a, b))
+    return _with_converged(torch.ops.helo_fast_cuda.sinkhorn_fwd(*inputs, *options), *options)
+
+
+def _triton_fwd(cost: Tensor, a: Tensor | None, b: Tensor | None, *options: object) -> tuple[Tensor, ...]:
     from ...kernels import sinkhorn as kernels  # imported here: triton is optional and slow to import
 
-    return kernels.sinkhorn_fwd(cost, a, b, *options)
+    return _with_converged(kernels.sinkhorn_fwd(cost, *reference.marginals(cost, a, b), *options), *options)
 
 
 def _triton_refuses(cost: Tensor) -> str | None:
@@ -50,10 +57,6 @@ def _triton_refuses(cost: Tensor) -> str | None:
     return kernels.refuses(cost)
 
 
-def _only(device: str):
-    return lambda tensor: None if tensor.device.type == device else f"it runs on {device} tensors, got {tensor.device.type}"
-
-
 # The backwards as batched dense linear algebra and replays, which PyTorch runs on every device.
 _BACKWARDS = {"implicit_bwd": reference.implicit_bwd, "unrolled_bwd": reference.unrolled_bwd}
 
@@ -61,9 +64,9 @@ _registry.register(
     "sinkhorn",
     (
         Adapter(EAGER, {"fwd": reference.fwd, **_BACKWARDS}),
-        Adapter(CPP, {"fwd": _cpp_fwd, "implicit_bwd": _cpp_implicit_bwd, "unrolled_bwd": _cpp_unrolled_bwd}, _only("cpu")),
+        Adapter(CPP, {"fwd": _cpp_fwd, "implicit_bwd": _cpp_implicit_bwd, "unrolled_bwd": _cpp_unrolled_bwd}, _registry.only_on("cpu")),
         Adapter(TRITON, {"fwd": _triton_fwd, **_BACKWARDS}, _triton_refuses),
-        Adapter(CUDA, {"fwd": _cuda_fwd, **_BACKWARDS}, _only("cuda")),
+        Adapter(CUDA, {"fwd": _cuda_fwd, **_BACKWARDS}, _registry.only_on("cuda")),
     ),
     # A GPU back end joins "cuda" with a results file from the hardware in benchmarks/results.
     auto={"cpu": ("cpp", "eager"), "cuda": ("eager",)},

@@ -15,6 +15,12 @@ from torch import Tensor
 CONVERGED_BY_DEFAULT = 1e-4  # L1 marginal error that counts as converged where no tol is given
 
 
+def marginals(cost: Tensor, a: Tensor | None, b: Tensor | None) -> tuple[Tensor, Tensor]:
+    """(a [B, n], b [B, m]), uniform where None."""
+    batch, n, m = cost.shape
+    return cost.new_full((batch, n), 1 / n) if a is None else a, cost.new_full((batch, m), 1 / m) if b is None else b
+
+
 def _log_problem(cost: Tensor, a: Tensor, b: Tensor, epsilon: float) -> tuple[Tensor, Tensor, Tensor]:
     """(M, la, lb), with -inf wherever mass is zero (so that whatever stands in padding is never read)."""
     inside = (a > 0).unsqueeze(-1) & (b > 0).unsqueeze(-2)
@@ -32,8 +38,8 @@ def _soft_transform(log_terms: Tensor, damping: float, mass: Tensor) -> Tensor:
 
 def fwd(
     cost: Tensor,  # [B, n, m]
-    a: Tensor,  # [B, n]
-    b: Tensor,  # [B, m]
+    a: Tensor | None,  # [B, n]
+    b: Tensor | None,  # [B, m]
     epsilon: float,
     max_iter: int,
     tol: float | None,
@@ -41,9 +47,10 @@ def fwd(
     tau_a: float | None,
     tau_b: float | None,
     keep_history: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """(plan, f, g, transport_cost, marginal_error, n_iter, history [B, max_iter or 0, n + m] of (phi, gamma))."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """(plan, f, g, transport_cost, marginal_error, n_iter, converged, history [B, max_iter or 0, n + m] of (phi, gamma))."""
     batch, n, m = cost.shape
+    a, b = marginals(cost, a, b)
     M, la, lb = _log_problem(cost, a, b, epsilon)
     to_columns = (M + la.unsqueeze(-1)).mT.contiguous()  # [B, m, n]: sums then run along the last axis, which torch does fastest
     to_rows = M + lb.unsqueeze(-2)  # [B, n, m]
@@ -70,7 +77,12 @@ def fwd(
                 break
     plan = _plan(M, la, lb, phi, gamma)
     transport_cost = torch.where(plan > 0, plan * cost, 0).sum((-2, -1))
-    return plan, epsilon * phi, epsilon * gamma, transport_cost, _marginal_error(plan, b, gamma, slope_b), n_iter, history
+    marginal_error = _marginal_error(plan, b, gamma, slope_b)
+    return plan, epsilon * phi, epsilon * gamma, transport_cost, marginal_error, n_iter, converged(marginal_error, tol), history
+
+
+def converged(marginal_error: Tensor, tol: float | None) -> Tensor:
+    return marginal_error <= (CONVERGED_BY_DEFAULT if tol is None else tol)
 
 
 def _plan(M: Tensor, la: Tensor, lb: Tensor, phi: Tensor, gamma: Tensor) -> Tensor:
