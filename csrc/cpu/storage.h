@@ -65,6 +65,12 @@ struct Matrix {
   int64_t stride;
 };
 
+template <typename scalar>
+struct Place {
+  scalar* data;
+  int64_t stride;
+};
+
 // Rows [row, row + rows) of head (b, h) with zeros up to padded columns: where they lie if they can be used there, else a copy in buffer.
 template <typename scalar>
 Matrix<scalar> take(const View& x, int64_t b, int64_t h, int64_t row, int64_t rows, int64_t columns, int64_t padded, scalar* buffer) {
