@@ -5,14 +5,16 @@
 //
 // The logits live in tiles of kTile x kTile, the whole problem where it fits one. Forward: for a block of rows, the columns pass by
 // with a running maximum and sum. Backward: for a block of columns, the rows pass by; w is recomputed from the row log-sum-exp, masks
-// from the seed. q, k, v and do are read where they lie when their rows are whole vectors, else from padded copies.
-//
-// Rows of a tile are padded to whole vectors. A padded logit is -inf, so that its weight is 0; padded columns of v and k are 0.
+// from the seed. Operands are read where they lie when their rows are whole vectors, else from copies padded with 0, and results are
+// likewise computed where they lie. Rows of a tile are padded to whole vectors: what stands in the padding is left out of a row's
+// maximum and sum, and no product reads it.
 #include "simd.h"
 // and on it
 #include "attention_product.h"
 #include "philox.h"
 #include "storage.h"
+// and on that
+#include "look_ahead.h"
 
 namespace {
 namespace HELO_FAST_SET {
@@ -42,7 +44,6 @@ class Attention {
   using full = typename V::full;
   using word = typename Unsigned<sizeof(scalar)>::type;
   using words = typename Unsigned<sizeof(scalar)>::full;
-  static constexpr int64_t unit = V::lanes > 4 ? V::lanes : 4;  // transpose() works on fours
 
   Attention(const AttentionArguments& x, unsigned char* scratch) : x_(x), scratch_(scratch), dp_(padded(x.d)) {
     for (scalar** p : {&q_, &k_, &v_, &o_, &do_, &dk_, &dv_}) *p = reserve<scalar>(kTile * dp_);
@@ -64,15 +65,19 @@ class Attention {
 
   // What of the head to come is to be asked for between the rows of this one.
   void look_ahead(int64_t head, bool backward) {
-    ahead_count_ = 0;
+    ahead_.clear();
     if (head >= x_.B * x_.H || x_.n > kTile || x_.m > 2 * kTile) return;
-    for (const View* x : {&x_.k, &x_.v}) add_ahead(*x, head, x_.m, false);
-    add_ahead(x_.q, head, x_.n, false);
-    add_ahead(x_.out, head, x_.n, !backward);
+    const auto rows = [&](const View& x, int64_t count, bool always) {
+      if (always || x.row != x_.d) ahead_.add(x, head / x_.H, head % x_.H, count, x_.d);
+    };
+    // Rows without gaps the processor foresees where they are all that is read, but not among the backward's eight operands.
+    for (const View* x : {&x_.k, &x_.v}) rows(*x, x_.m, backward);
+    rows(x_.q, x_.n, backward);
+    rows(x_.out, x_.n, true);
     if (!backward) return;
-    add_ahead(x_.grad_out, head, x_.n, false);
-    if (!x_.add_dq) add_ahead(x_.dq, head, x_.n, true);
-    for (const View* x : {&x_.dk, &x_.dv}) add_ahead(*x, head, x_.m, true);
+    rows(x_.grad_out, x_.n, true);
+    if (!x_.add_dq) rows(x_.dq, x_.n, true);
+    for (const View* x : {&x_.dk, &x_.dv}) rows(*x, x_.m, true);
   }
 
   // Rows [i0, i0 + kTile) of head (b, h).
@@ -89,7 +94,7 @@ class Attention {
       product<false>(q.data, q.stride, kt_, width_, rows, x_.d, columns, s_, width_);
       const Matrix<scalar> bias = prepare_logits(b, h, i0, j0);
       for (int64_t i = 0; i < rows; ++i) {
-        fetch_ahead(i);
+        ahead_.fetch(i, rows);
         const scalar* added = bias.data == nullptr ? nullptr : bias.data + i * bias.stride;
         const scalar top = x_.masked ? finish_logits<true>(i, added) : finish_logits<false>(i, added);
         if (j0 > 0 && top > top_[i]) rescale(i, exp_vectorised(top_[i] - top), o);
@@ -100,7 +105,7 @@ class Attention {
       if (last) finish_rows(b, h, i0);
       product<false>(s_, width_, v.data, v.stride, rows, columns, x_.d, o.data, o.stride, j0 > 0, last ? total_ : nullptr);
     }
-    if (o.data == o_) put(o_, dp_, x_.out, b, h, i0, rows, x_.d, none(), false);
+    if (o.data == o_) put(o_, dp_, x_.out, b, h, i0, rows, x_.d, false);
   }
 
   // One head; gradients that are shared go to those of this part of the batch and (sum_h) of the heads.
@@ -124,7 +129,7 @@ class Attention {
         product<false>(go.data, go.stride, vt_, width_, rows, x_.d, columns, ds_, width_);
         const Matrix<scalar> bias = prepare_logits(b, h, i0, j0);
         for (int64_t i = 0; i < rows; ++i) {
-          fetch_ahead(i);
+          ahead_.fetch(i, rows);
           const scalar* added = bias.data == nullptr ? nullptr : bias.data + i * bias.stride;
           x_.masked ? slope<true>(i, i0 + i, added) : slope<false>(i, i0 + i, added);
         }
@@ -133,14 +138,14 @@ class Attention {
         product<false>(ds_, width_, k.data, k.stride, rows, columns, x_.d, dq.data + i0 * dq.stride, dq.stride, j0 > 0 || dq_adds);
         if (x_.dbias.data != nullptr) {
           View to = x_.dbias;
-          to.data += j0 * (to.storage == Storage::float64 ? 8 : to.storage == Storage::float32 ? 4 : 2);
-          put(ds_, width_, to, x_.dbias_over_batch ? part : b, x_.add_dbias ? sum_h : h, i0, rows, columns, none(), x_.add_dbias);
+          to.data += j0 * stored_bytes(to.storage);
+          put(ds_, width_, to, x_.dbias_over_batch ? part : b, x_.add_dbias ? sum_h : h, i0, rows, columns, x_.add_dbias);
         }
       }
-      if (dk.data == dk_) put(dk_, dp_, x_.dk, b, h, j0, columns, x_.d, none(), false);
-      if (dv.data == dv_) put(dv_, dp_, x_.dv, b, h, j0, columns, x_.d, none(), false);
+      if (dk.data == dk_) put(dk_, dp_, x_.dk, b, h, j0, columns, x_.d, false);
+      if (dv.data == dv_) put(dv_, dp_, x_.dv, b, h, j0, columns, x_.d, false);
     }
-    if (dq.data == dq_) put(dq_, dp_, x_.dq, x_.add_dq ? part : b, h, int64_t(0), x_.n, x_.d, none(), x_.add_dq);
+    if (dq.data == dq_) put(dq_, dp_, x_.dq, x_.add_dq ? part : b, h, int64_t(0), x_.n, x_.d, x_.add_dq);
   }
 
  private:
@@ -151,23 +156,8 @@ class Attention {
     return p;
   }
 
-  // Adjacent rows that are read are left to the processor, which foresees them.
-  void add_ahead(const View& x, int64_t head, int64_t rows, bool written) {
-    const int64_t size = x.storage == Storage::float64 ? 8 : x.storage == Storage::float32 ? 4 : 2;
-    if (x.column == 1 && (written || x.row != x_.d))
-      ahead_[ahead_count_++] = {x.data + offset(x, head / x_.H, head % x_.H, 0) * size, x.row * size, rows, x_.d * size};
-  }
-
-  // GCC leaves out calls of a function that does nothing else: hence inline. Into the second cache: the first has few misses at a time.
-  HELO_FAST_INLINE void fetch_ahead(int64_t i) const {
-    for (int64_t a = 0; a < ahead_count_; ++a)
-      for (int64_t row = i; row < ahead_[a].rows; row += rows_)
-        for (int64_t byte = 0; byte < ahead_[a].bytes; byte += 64) __builtin_prefetch(ahead_[a].data + row * ahead_[a].stride + byte, 0, 2);
-  }
-
-  static int64_t padded(int64_t count) { return (count + unit - 1) / unit * unit; }
+  static int64_t padded(int64_t count) { return (count + V::lanes - 1) / V::lanes * V::lanes; }
   static int64_t least(int64_t x, int64_t y) { return x < y ? x : y; }
-  static const scalar* none() { return nullptr; }
 
   // The random words of the columns that a vector of logits from s covers.
   words random(int64_t i, int64_t j) const {
@@ -202,7 +192,7 @@ class Attention {
     if (x_.masked) philox(x_.seed, uint64_t(b * x_.H + h), block_, j0 / 4, row_, i0, rows_ * blocks_, random_);
     if (x_.bias.data == nullptr) return {nullptr, 0};
     View from = x_.bias;
-    from.data += j0 * from.column * (from.storage == Storage::float64 ? 8 : from.storage == Storage::float32 ? 4 : 2);
+    from.data += j0 * from.column * stored_bytes(from.storage);
     return take(from, b, h, i0, rows_, columns_, width_, bias_);
   }
 
@@ -300,14 +290,9 @@ class Attention {
   scalar *s_, *ds_, *bias_;                                      // [rows, width]
   scalar *top_, *total_;                                         // [rows]
   scalar *lse_, *delta_, *dq_;                                   // [n], [n], [n, dp]
-  struct Rows {
-    const unsigned char* data;
-    int64_t stride, rows, bytes;
-  };
-  Rows ahead_[8];
-  int64_t ahead_count_ = 0;
   word* inside_;                                                 // [width]
   uint32_t *block_, *row_, *random_;                             // [rows, blocks], [rows, blocks], [rows, 4 blocks]
+  LookAhead ahead_;
 };
 
 template <typename scalar>
