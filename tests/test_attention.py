@@ -155,6 +155,16 @@ def test_layouts(backend, layout):
     assert_all_close(gradients(lcd_attention(*strided, **P, backend=backend), strided), expected)
 
 
+@pytest.mark.parametrize("query", QUERIES)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_joining_heads_copies_nothing(backend, dtype, query):
+    """Output and gradients are views of the memory of [B, n, H, d]."""
+    inputs = make(dtype=dtype, query=query)
+    output, *grads = gradients(lcd_attention(*inputs, **P, backend=backend), inputs)
+    for result in (output, *grads[:3]):
+        assert result.transpose(-2, -3).is_contiguous()
+
+
 def test_expanded_inputs_and_gradients(backend):
     q, k, v, bias = make(B=4)
     sources = [x[:1].detach().requires_grad_() for x in (q, k, v, bias)]

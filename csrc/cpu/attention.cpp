@@ -40,6 +40,12 @@ View view(const Tensor& t) {
   return {data, storage(t), stride(0), stride(1), t.stride(2), t.dim() == 4 ? t.stride(3) : 1};
 }
 
+// [B, H, n, d] in the memory of [B, n, H, d]: joining the heads of a result copies nothing.
+Tensor empty_heads(const Tensor& like, int64_t B, int64_t H, int64_t n, int64_t d) {
+  return torch::stable::transpose(torch::stable::new_empty(like, {B, n, H, d}), 1, 2);
+}
+Tensor empty_heads(const Tensor& like) { return empty_heads(like, like.size(0), like.size(1), like.size(2), like.size(3)); }
+
 const AttentionKernel& kernel(const Tensor& t) {
   return t.scalar_type() == ScalarType::Double ? pick(baseline::attention<double>, avx2::attention<double>, avx512::attention<double>)
                                                : pick(baseline::attention<float>, avx2::attention<float>, avx512::attention<float>);
@@ -65,7 +71,7 @@ std::tuple<Tensor, Tensor> lcd_attention_fwd(
     const std::optional<Tensor>& seed,    // int64, one element
     double scale, int64_t drop_below, int64_t cut_below, double rescale) {
   AttentionArguments x = arguments(q, k, v, bias, seed, scale, drop_below, cut_below, rescale);
-  Tensor out = torch::stable::new_empty(q, {x.B, x.H, x.n, x.d}), lse = torch::stable::new_empty(q, {x.B, x.H, x.n}, compute_type(q));
+  Tensor out = empty_heads(q, x.B, x.H, x.n, x.d), lse = torch::stable::new_empty(q, {x.B, x.H, x.n}, compute_type(q));
   x.out = view(out), x.lse = view(lse);
   const AttentionKernel& run = kernel(q);
   const int64_t row_blocks = (x.n + kTile - 1) / kTile;
@@ -74,10 +80,11 @@ std::tuple<Tensor, Tensor> lcd_attention_fwd(
   return {out, lse};
 }
 
-void sum(const AttentionKernel& run, const Tensor& parts, Tensor& total) {
-  const AttentionSums x{static_cast<const unsigned char*>(parts.const_data_ptr()), parts.size(0), parts.size(1),
-                        total.size(2) * total.size(3), static_cast<unsigned char*>(total.mutable_data_ptr()), storage(total),
-                        total.size(0), total.size(1)};
+// Of `heads` slices of the total, each is the sum of the like of `h_parts` slices of every part (h_parts is heads, or heads 1).
+void sum(const AttentionKernel& run, const Tensor& parts, int64_t h_parts, const Tensor& total, int64_t heads) {
+  const AttentionSums x{static_cast<const unsigned char*>(parts.const_data_ptr()), parts.size(0), h_parts,
+                        total.size(1) * total.size(2) * total.size(3) / heads,
+                        static_cast<unsigned char*>(const_cast<void*>(total.const_data_ptr())), storage(total), total.size(0), heads};
   torch::stable::parallel_for(0, x.batches * x.heads * x.size, 4096, [&](int64_t begin, int64_t end) { run.sum(x, begin, end); });
 }
 
@@ -88,8 +95,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> lcd_attention_bwd(
     const Tensor& lse,  // [B, H, n]
     const std::optional<Tensor>& seed, double scale, int64_t drop_below, int64_t cut_below, double rescale, bool bias_grad) {
   AttentionArguments x = arguments(q, k, v, bias, seed, scale, drop_below, cut_below, rescale);
-  Tensor dq = torch::stable::new_empty(q, q.sizes());
-  Tensor dk = torch::stable::new_empty(q, k.sizes()), dv = torch::stable::new_empty(q, k.sizes());
+  Tensor dq = empty_heads(q), dk = empty_heads(k), dv = empty_heads(v);
   Tensor dbias = bias_grad ? torch::stable::new_empty(q, bias->sizes()) : torch::stable::new_empty(q, {0});
   x.grad_out = view(grad_out), x.out = view(out), x.lse = view(lse);
   x.dq = view(dq), x.dk = view(dk), x.dv = view(dv);
@@ -106,7 +112,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> lcd_attention_bwd(
   x.b_parts = any_over_batch ? std::min(x.B, std::max<int64_t>(1, tasks / x.h_parts)) : x.B;
   std::optional<Tensor> dq_parts, dbias_parts;
   if (x.add_dq) {
-    dq_parts = torch::stable::new_zeros(q, {x.b_parts, x.H, x.n, x.d}, compute_type(q));
+    dq_parts = torch::stable::transpose(torch::stable::new_zeros(q, {x.b_parts, x.n, x.H, x.d}, compute_type(q)), 1, 2);
     x.dq = view(*dq_parts);
   }
   if (x.add_dbias) {
@@ -118,8 +124,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> lcd_attention_bwd(
   const int64_t count = x.b_parts * x.h_parts, heads = count > 0 ? x.B * x.H / count : 0;
   for_each_problem(count, 5 * heads * x.n * x.m * x.d, run.scratch_bytes(x.n, x.d),
                    [&](int64_t begin, int64_t end, unsigned char* scratch) { run.bwd(x, begin, end, scratch); });
-  if (x.add_dq) sum(run, *dq_parts, dq);
-  if (x.add_dbias) sum(run, *dbias_parts, dbias);
+  if (x.add_dq) sum(run, *dq_parts, 1, dq, 1);
+  if (x.add_dbias) sum(run, *dbias_parts, x.h_parts, dbias, bias->size(1));
   return {dq, dk, dv, dbias};
 }
 

@@ -5,14 +5,16 @@
 //
 // The logits live in tiles of kTile x kTile, the whole problem where it fits one. Forward: for a block of rows, the columns pass by
 // with a running maximum and sum. Backward: for a block of columns, the rows pass by; w is recomputed from the row log-sum-exp, masks
-// from the seed. q, k, v and do are read where they lie when their rows are whole vectors, else from padded copies.
-//
-// Rows of a tile are padded to whole vectors. A padded logit is -inf, so that its weight is 0; padded columns of v and k are 0.
+// from the seed. Operands are read where they lie when their rows are whole vectors, else from copies padded with 0, and results are
+// likewise computed where they lie. Rows of a tile are padded to whole vectors: what stands in the padding is left out of a row's
+// maximum and sum, and no product reads it.
 #include "simd.h"
 // and on it
+#include "attention_product.h"
 #include "philox.h"
-#include "products.h"
 #include "storage.h"
+// and on that
+#include "look_ahead.h"
 
 namespace {
 namespace HELO_FAST_SET {
@@ -42,7 +44,6 @@ class Attention {
   using full = typename V::full;
   using word = typename Unsigned<sizeof(scalar)>::type;
   using words = typename Unsigned<sizeof(scalar)>::full;
-  static constexpr int64_t unit = V::lanes > 4 ? V::lanes : 4;  // transpose() works on fours
 
   Attention(const AttentionArguments& x, unsigned char* scratch) : x_(x), scratch_(scratch), dp_(padded(x.d)) {
     for (scalar** p : {&q_, &k_, &v_, &o_, &do_, &dk_, &dv_}) *p = reserve<scalar>(kTile * dp_);
@@ -62,41 +63,61 @@ class Attention {
            (kTile * kTile / 2 + 2 * kPhiloxCalls + kTile * kTile + 4 * kPhiloxCalls + kTile) * 4 + 24 * 64;
   }
 
+  // What of the head to come is to be asked for between the rows of this one.
+  void look_ahead(int64_t head, bool backward) {
+    ahead_.clear();
+    if (head >= x_.B * x_.H || x_.n > kTile || x_.m > 2 * kTile) return;
+    const auto rows = [&](const View& x, int64_t count, bool always) {
+      if (always || x.row != x_.d) ahead_.add(x, head / x_.H, head % x_.H, count, x_.d);
+    };
+    // Rows without gaps the processor foresees where they are all that is read, but not among the backward's eight operands.
+    for (const View* x : {&x_.k, &x_.v}) rows(*x, x_.m, backward);
+    rows(x_.q, x_.n, backward);
+    rows(x_.out, x_.n, true);
+    if (!backward) return;
+    rows(x_.grad_out, x_.n, true);
+    if (!x_.add_dq) rows(x_.dq, x_.n, true);
+    for (const View* x : {&x_.dk, &x_.dv}) rows(*x, x_.m, true);
+  }
+
   // Rows [i0, i0 + kTile) of head (b, h).
   void forward(int64_t b, int64_t h, int64_t i0) {
-    const int64_t rows = smaller(kTile, x_.n - i0);
+    const int64_t rows = least(kTile, x_.n - i0);
     const Matrix<scalar> q = take(x_.q, b, h, i0, rows, x_.d, dp_, q_);
+    const Place<scalar> o = place(x_.out, b, h, i0, o_);
     for (int64_t i = 0; i < rows; ++i) top_[i] = scalar(kDropped), total_[i] = 0;
     for (int64_t j0 = 0; j0 < x_.m; j0 += kTile) {
-      const int64_t columns = smaller(kTile, x_.m - j0);
+      const int64_t columns = least(kTile, x_.m - j0);
       const Matrix<scalar> k = take(x_.k, b, h, j0, columns, x_.d, dp_, k_), v = take(x_.v, b, h, j0, columns, x_.d, dp_, v_);
       shape(rows, columns);
       transpose(k.data, k.stride, columns, dp_, kt_, width_);
-      logits(b, h, i0, j0, q);
-      if (j0 == 0)
-        for (int64_t i = 0; i < rows; ++i) subtract_top(i, nullptr);
-      else
-        for (int64_t i = 0; i < rows; ++i) subtract_top(i, o_ + i * dp_);
-      exponentiate();
-      for (int64_t i = 0; i < rows; ++i) x_.masked ? sum_weights<true>(i) : sum_weights<false>(i);
-      product<false>(s_, width_, v.data, v.stride, rows, columns, dp_, o_, dp_, j0 > 0);
+      product<false>(q.data, q.stride, kt_, width_, rows, x_.d, columns, s_, width_);
+      const Matrix<scalar> bias = prepare_logits(b, h, i0, j0);
+      for (int64_t i = 0; i < rows; ++i) {
+        ahead_.fetch(i, rows);
+        const scalar* added = bias.data == nullptr ? nullptr : bias.data + i * bias.stride;
+        const scalar top = x_.masked ? finish_logits<true>(i, added) : finish_logits<false>(i, added);
+        if (j0 > 0 && top > top_[i]) rescale(i, exp_vectorised(top_[i] - top), o);
+        top_[i] = top;
+      }
+      for (int64_t i = 0; i < rows; ++i) total_[i] += x_.masked ? weigh<true>(i) : weigh<false>(i);
+      const bool last = j0 + columns == x_.m;
+      if (last) finish_rows(b, h, i0);
+      product<false>(s_, width_, v.data, v.stride, rows, columns, x_.d, o.data, o.stride, j0 > 0, last ? total_ : nullptr);
     }
-    for (int64_t i = 0; i < rows; ++i) {
-      const bool flat = !(top_[i] > scalar(kDropped)) && total_[i] != 0;
-      bias_[i] = flat ? scalar(kDropped) * total_[i] : top_[i] + std::log(total_[i]);
-      total_[i] = scalar(x_.rescale) / (total_[i] > 0 ? total_[i] : scalar(1));
-    }
-    put(o_, dp_, x_.out, b, h, i0, rows, x_.d, total_, false);
-    put(bias_, 1, x_.lse, b, h, i0, rows, int64_t(1), static_cast<const scalar*>(nullptr), false);
+    if (o.data == o_) put(o_, dp_, x_.out, b, h, i0, rows, x_.d, false);
   }
 
   // One head; gradients that are shared go to those of this part of the batch and (sum_h) of the heads.
   void backward(int64_t b, int64_t h, int64_t part, int64_t sum_h) {
+    const Place<scalar> dq = place(x_.dq, x_.add_dq ? part : b, h, 0, dq_);
+    const bool dq_adds = x_.add_dq && dq.data != dq_;
     for (int64_t j0 = 0; j0 < x_.m; j0 += kTile) {
-      const int64_t columns = smaller(kTile, x_.m - j0);
+      const int64_t columns = least(kTile, x_.m - j0);
       const Matrix<scalar> k = take(x_.k, b, h, j0, columns, x_.d, dp_, k_), v = take(x_.v, b, h, j0, columns, x_.d, dp_, v_);
+      const Place<scalar> dk = place(x_.dk, b, h, j0, dk_), dv = place(x_.dv, b, h, j0, dv_);
       for (int64_t i0 = 0; i0 < x_.n; i0 += kTile) {
-        const int64_t rows = smaller(kTile, x_.n - i0);
+        const int64_t rows = least(kTile, x_.n - i0);
         const Matrix<scalar> q = take(x_.q, b, h, i0, rows, x_.d, dp_, q_), go = take(x_.grad_out, b, h, i0, rows, x_.d, dp_, do_);
         shape(rows, columns);
         if (i0 == 0) {
@@ -104,27 +125,27 @@ class Attention {
           transpose(v.data, v.stride, columns, dp_, vt_, width_);
         }
         if (j0 == 0) prepare_rows(b, h, i0, go);
-        logits(b, h, i0, j0, q);
+        product<false>(q.data, q.stride, kt_, width_, rows, x_.d, columns, s_, width_);
+        product<false>(go.data, go.stride, vt_, width_, rows, x_.d, columns, ds_, width_);
+        const Matrix<scalar> bias = prepare_logits(b, h, i0, j0);
         for (int64_t i = 0; i < rows; ++i) {
-          const scalar lse = lse_[i0 + i];
-          subtract(i, lse <= scalar(kDropped) ? scalar(kDropped) : lse);
+          ahead_.fetch(i, rows);
+          const scalar* added = bias.data == nullptr ? nullptr : bias.data + i * bias.stride;
+          x_.masked ? slope<true>(i, i0 + i, added) : slope<false>(i, i0 + i, added);
         }
-        exponentiate();
-        product<false>(go.data, go.stride, vt_, width_, rows, dp_, width_, ds_, width_, false);
-        for (int64_t i = 0; i < rows; ++i) x_.masked ? slope<true>(i, i0 + i) : slope<false>(i, i0 + i);
-        product<true>(s_, width_, go.data, go.stride, columns, rows, dp_, dv_, dp_, i0 > 0);
-        product<true>(ds_, width_, q.data, q.stride, columns, rows, dp_, dk_, dp_, i0 > 0);
-        product<false>(ds_, width_, k.data, k.stride, rows, columns, dp_, dq_ + i0 * dp_, dp_, j0 > 0);
+        product<true>(s_, width_, go.data, go.stride, columns, rows, x_.d, dv.data, dv.stride, i0 > 0);
+        product<true>(ds_, width_, q.data, q.stride, columns, rows, x_.d, dk.data, dk.stride, i0 > 0);
+        product<false>(ds_, width_, k.data, k.stride, rows, columns, x_.d, dq.data + i0 * dq.stride, dq.stride, j0 > 0 || dq_adds);
         if (x_.dbias.data != nullptr) {
           View to = x_.dbias;
-          to.data += j0 * (to.storage == Storage::float64 ? 8 : to.storage == Storage::float32 ? 4 : 2);
-          put(ds_, width_, to, x_.dbias_over_batch ? part : b, x_.add_dbias ? sum_h : h, i0, rows, columns, none(), x_.add_dbias);
+          to.data += j0 * stored_bytes(to.storage);
+          put(ds_, width_, to, x_.dbias_over_batch ? part : b, x_.add_dbias ? sum_h : h, i0, rows, columns, x_.add_dbias);
         }
       }
-      put(dk_, dp_, x_.dk, b, h, j0, columns, x_.d, none(), false);
-      put(dv_, dp_, x_.dv, b, h, j0, columns, x_.d, none(), false);
+      if (dk.data == dk_) put(dk_, dp_, x_.dk, b, h, j0, columns, x_.d, false);
+      if (dv.data == dv_) put(dv_, dp_, x_.dv, b, h, j0, columns, x_.d, false);
     }
-    put(dq_, dp_, x_.dq, x_.add_dq ? part : b, h, int64_t(0), x_.n, x_.d, none(), x_.add_dq);
+    if (dq.data == dq_) put(dq_, dp_, x_.dq, x_.add_dq ? part : b, h, int64_t(0), x_.n, x_.d, x_.add_dq);
   }
 
  private:
@@ -135,9 +156,8 @@ class Attention {
     return p;
   }
 
-  static int64_t padded(int64_t count) { return (count + unit - 1) / unit * unit; }
-  static int64_t smaller(int64_t x, int64_t y) { return x < y ? x : y; }
-  static const scalar* none() { return nullptr; }
+  static int64_t padded(int64_t count) { return (count + V::lanes - 1) / V::lanes * V::lanes; }
+  static int64_t least(int64_t x, int64_t y) { return x < y ? x : y; }
 
   // The random words of the columns that a vector of logits from s covers.
   words random(int64_t i, int64_t j) const {
@@ -160,82 +180,77 @@ class Attention {
     for (int64_t more = 0; more < kPhiloxCalls; ++more) block_[call + more] = row_[call + more] = 0;
   }
 
-  void logits(int64_t b, int64_t h, int64_t i0, int64_t j0, const Matrix<scalar>& q) {
-    product<false>(q.data, q.stride, kt_, width_, rows_, dp_, width_, s_, width_, false);
+  // Where rows of a result are computed: where they will lie, if whole vectors can be written there, else in buffer.
+  Place<scalar> place(const View& x, int64_t b, int64_t h, int64_t row, scalar* buffer) const {
+    const bool stored = x.storage == (sizeof(scalar) == 8 ? Storage::float64 : Storage::float32);
+    if (!stored || Tail<scalar>::padded(x_.d) != x_.d) return {buffer, dp_};
+    return {reinterpret_cast<scalar*>(x.data) + offset(x, b, h, row), x.row};
+  }
+
+  // The random words of the tile, and the bias.
+  Matrix<scalar> prepare_logits(int64_t b, int64_t h, int64_t i0, int64_t j0) {
     if (x_.masked) philox(x_.seed, uint64_t(b * x_.H + h), block_, j0 / 4, row_, i0, rows_ * blocks_, random_);
-    Matrix<scalar> bias{nullptr, 0};
-    if (x_.bias.data != nullptr) {
-      View from = x_.bias;
-      from.data += j0 * from.column * (from.storage == Storage::float64 ? 8 : from.storage == Storage::float32 ? 4 : 2);
-      bias = take(from, b, h, i0, rows_, columns_, width_, bias_);
-    }
-    for (int64_t i = 0; i < rows_; ++i) {
-      const scalar* added = bias.data == nullptr ? nullptr : bias.data + i * bias.stride;
-      x_.masked ? finish_logits<true>(i, added) : finish_logits<false>(i, added);
-    }
+    if (x_.bias.data == nullptr) return {nullptr, 0};
+    View from = x_.bias;
+    from.data += j0 * from.column * stored_bytes(from.storage);
+    return take(from, b, h, i0, rows_, columns_, width_, bias_);
   }
 
+  // Vector j of row i of the logits, from that of q k'.
   template <bool masked>
-  void finish_logits(int64_t i, const scalar* added) {
-    scalar* s = s_ + i * width_;
-    const full dropped = splat(kDropped), scale = splat(x_.scale), outside = splat(-HUGE_VAL);
-    const words below = words{} + word(x_.drop_below);
-    for (int64_t j = 0; j < width_; j += V::lanes) {
-      full x = load<full>(s + j);
-      if (added != nullptr) x += load<full>(added + j);
-      x *= scale;
-      if (masked) x = (((random(i, j) & word(0xffff)) < below) & (x > dropped)) ? dropped : x;
-      store(s + j, (load<words>(inside_ + j) != word(0)) ? x : outside);
-    }
+  HELO_FAST_INLINE full logits(int64_t i, int64_t j, const scalar* added) const {
+    full x = load<full>(s_ + i * width_ + j);
+    if (added != nullptr) x += load<full>(added + j);
+    x *= splat(x_.scale);
+    if (masked) x = (random(i, j) & word(0xffff)) < words{} + word(x_.drop_below) ? smaller(splat(kDropped), x) : x;
+    return x;
   }
 
-  template <typename Fold>
-  static scalar fold(full x, const Fold& fold) {
-    scalar lane[V::lanes];
-    store(lane, x);
-    for (int64_t step = V::lanes / 2; step > 0; step /= 2)
-      for (int64_t l = 0; l < step; ++l) lane[l] = fold(lane[l], lane[l + step]);
-    return lane[0];
+  // What dropout multiplies that vector's weights by.
+  HELO_FAST_INLINE full keep(int64_t i, int64_t j, scalar kept) const {
+    return random(i, j) < words{} + (word(x_.cut_below) << 16) ? full{} : full{} + kept;
   }
 
-  void subtract(int64_t i, scalar base) {
-    scalar* s = s_ + i * width_;
-    for (int64_t j = 0; j < width_; j += V::lanes) store(s + j, load<full>(s + j) - base);
-  }
-
-  // Logits less the row's maximum so far; output and sum so far (where there are any) follow it.
-  void subtract_top(int64_t i, scalar* output) {
-    const scalar* s = s_ + i * width_;
+  // The row's logits, and its maximum so far.
+  template <bool masked>
+  scalar finish_logits(int64_t i, const scalar* added) {
     full most = full{} + top_[i];
     for (int64_t j = 0; j < width_; j += V::lanes) {
-      const full x = load<full>(s + j);
-      most = x > most ? x : most;
+      full x = logits<masked>(i, j, added);
+      if (j + V::lanes > columns_) x = load<words>(inside_ + j) != word(0) ? x : splat(-HUGE_VAL);
+      store(s_ + i * width_ + j, x);
+      most = larger(x, most);
     }
-    const scalar top = fold(most, [](scalar x, scalar y) { return x > y ? x : y; });
-    subtract(i, top);
-    if (output != nullptr && top > top_[i]) {
-      const scalar factor = exp_vectorised(top_[i] - top);
-      total_[i] *= factor;
-      for (int64_t j = 0; j < dp_; j += V::lanes) store(output + j, load<full>(output + j) * factor);
-    }
-    top_[i] = top;
+    return max_of<scalar>(most);
   }
 
-  void exponentiate() {
-    for (int64_t e = 0; e < rows_ * width_; ++e) s_[e] = exp_vectorised(s_[e]);
+  // Output and sum so far follow the maximum.
+  void rescale(int64_t i, scalar factor, const Place<scalar>& o) {
+    total_[i] *= factor;
+    for (int64_t j = 0; j < x_.d; ++j) o.data[i * o.stride + j] *= factor;
   }
 
+  // The row's weights; returns their sum before dropout.
   template <bool masked>
-  void sum_weights(int64_t i) {
+  scalar weigh(int64_t i) {
     scalar* s = s_ + i * width_;
-    const words below = words{} + word(x_.cut_below);
     full total = {};
     for (int64_t j = 0; j < width_; j += V::lanes) {
-      const full weight = load<full>(s + j);
+      const full weight = exp_of_nonpositive<scalar>(load<full>(s + j) - top_[i]);
       total += weight;
-      if (masked) store(s + j, weight * (((random(i, j) >> 16) < below) ? full{} : splat(1)));
+      store(s + j, masked ? weight * keep(i, j, scalar(1)) : weight);
     }
-    total_[i] += fold(total, [](scalar x, scalar y) { return x + y; });
+    return sum_of<scalar>(total);
+  }
+
+  // lse goes out; total_ becomes what the output's rows are to be multiplied by.
+  void finish_rows(int64_t b, int64_t h, int64_t i0) {
+    scalar* lse = reinterpret_cast<scalar*>(x_.lse.data) + offset(x_.lse, b, h, i0);
+    for (int64_t i = 0; i < rows_; ++i) {
+      const bool flat = !(top_[i] > scalar(kDropped)) && total_[i] != 0;
+      lse[i] = flat ? scalar(kDropped) * total_[i] : top_[i] + std::log(total_[i]);
+      total_[i] = scalar(x_.rescale) / (total_[i] > 0 ? total_[i] : scalar(1));
+    }
   }
 
   // lse and rowsum(do * o) of a block of rows
@@ -245,24 +260,24 @@ class Attention {
       const scalar *left = go.data + i * go.stride, *right = out.data + i * out.stride;
       full sum = {};
       for (int64_t j = 0; j < dp_; j += V::lanes) sum += load<full>(left + j) * load<full>(right + j);
-      delta_[i0 + i] = fold(sum, [](scalar x, scalar y) { return x + y; });
+      delta_[i0 + i] = sum_of<scalar>(sum);
       lse_[i0 + i] = *reinterpret_cast<const scalar*>(x_.lse.data + offset(x_.lse, b, h, i0 + i) * int64_t(sizeof(scalar)));
     }
   }
 
-  // From weights and do v': keep * w * rescale into s_, ds into ds_. A flat row has equal weights (1 so far), and no slope.
+  // From q k' and do v': keep * w * rescale into s_, ds into ds_. A flat row has equal weights (1 so far), and no slope.
   template <bool masked>
-  void slope(int64_t i, int64_t row) {
-    scalar *s = s_ + i * width_, *ds = ds_ + i * width_;
+  void slope(int64_t i, int64_t row, const scalar* added) {
     const bool flat = lse_[row] <= scalar(kDropped);
+    const scalar base = flat ? scalar(kDropped) : lse_[row];
     const scalar each = flat ? scalar(kDropped) / lse_[row] : scalar(1), scale = flat ? scalar(0) : scalar(x_.scale);
-    const full delta = full{} + delta_[row], rescale = splat(x_.rescale);
-    const words below = words{} + word(x_.cut_below);
+    const scalar kept = scalar(x_.rescale), delta = delta_[row];
     for (int64_t j = 0; j < width_; j += V::lanes) {
-      const full weight = load<full>(s + j);
-      const full keep = masked ? (((random(i, j) >> 16) < below) ? full{} : rescale) : rescale;
-      store(s + j, weight * (keep * each));
-      store(ds + j, (load<full>(ds + j) * keep - delta) * weight * scale);
+      const full weight = exp_of_nonpositive<scalar>(logits<masked>(i, j, added) - base);
+      const full factor = masked ? keep(i, j, kept) : full{} + kept;
+      scalar* ds = ds_ + i * width_ + j;
+      store(ds, (load<full>(ds) * factor - delta) * weight * scale);
+      store(s_ + i * width_ + j, weight * (factor * each));
     }
   }
 
@@ -277,6 +292,7 @@ class Attention {
   scalar *lse_, *delta_, *dq_;                                   // [n], [n], [n, dp]
   word* inside_;                                                 // [width]
   uint32_t *block_, *row_, *random_;                             // [rows, blocks], [rows, blocks], [rows, 4 blocks]
+  LookAhead ahead_;
 };
 
 template <typename scalar>
@@ -285,6 +301,7 @@ void attention_fwd(const AttentionArguments& x, int64_t begin, int64_t end, unsi
   const int64_t row_blocks = (x.n + kTile - 1) / kTile;
   for (int64_t block = begin; block < end; ++block) {
     const int64_t head = block / row_blocks;
+    attention.look_ahead(head + 1, false);
     attention.forward(head / x.H, head % x.H, block % row_blocks * kTile);
   }
 }
@@ -296,7 +313,10 @@ void attention_bwd(const AttentionArguments& x, int64_t begin, int64_t end, unsi
   for (int64_t task = begin; task < end; ++task) {
     const int64_t part = task / x.h_parts, h = task % x.h_parts;
     for (int64_t b = part * x.B / x.b_parts; b < (part + 1) * x.B / x.b_parts; ++b)
-      for (int64_t i = 0; i < heads; ++i) attention.backward(b, h * heads + i, part, h);
+      for (int64_t i = 0; i < heads; ++i) {
+        attention.look_ahead(b * x.H + h * heads + i + 1, true);
+        attention.backward(b, h * heads + i, part, h);
+      }
   }
 }
 

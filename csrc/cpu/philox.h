@@ -5,7 +5,7 @@
 namespace {
 namespace HELO_FAST_SET {
 
-typedef uint64_t Lanes64 __attribute__((vector_size(HELO_FAST_VECTOR_BYTES)));
+using Lanes64 = Vectors<double>::unsigned_words;
 typedef uint32_t Lanes32 __attribute__((vector_size(HELO_FAST_VECTOR_BYTES / 2)));
 constexpr int64_t kPhiloxCalls = HELO_FAST_VECTOR_BYTES / 8;  // at once; arrays are read and written in whole vectors
 
@@ -20,7 +20,7 @@ inline void philox(uint64_t seed, uint64_t problem, const uint32_t* block, int64
     uint32_t key0 = uint32_t(seed), key1 = uint32_t(seed >> 32);
 #pragma GCC unroll 10
     for (int round = 0; round < 10; ++round) {
-      const Lanes64 p0 = (c0 & low) * uint64_t(0xD2511F53), p1 = (c2 & low) * uint64_t(0xCD9E8D57);
+      const Lanes64 p0 = product_of_halves(c0, Lanes64{} + 0xD2511F53), p1 = product_of_halves(c2, Lanes64{} + 0xCD9E8D57);
       c0 = (p1 >> 32) ^ c1 ^ uint64_t(key0);  // above the low half stands what nobody reads
       c2 = (p0 >> 32) ^ c3 ^ uint64_t(key1);
       c1 = p1;

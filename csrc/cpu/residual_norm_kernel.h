@@ -51,7 +51,7 @@ class ResidualNorm {
       store(s_ + j, load<full>(s_ + j) * rstd * load<full>(weight_ + j) + load<full>(bias_ + j));
     reinterpret_cast<scalar*>(x_.mean)[row] = mean;
     reinterpret_cast<scalar*>(x_.rstd)[row] = rstd;
-    put(s_, width_, x_.out, 0, 0, row, 1, x_.width, static_cast<const scalar*>(nullptr), false);
+    put(s_, width_, x_.out, 0, 0, row, 1, x_.width, false);
   }
 
   // parts: sums of do h and of do.
@@ -71,10 +71,10 @@ class ResidualNorm {
     const scalar shift = sum_of<scalar>(total) / scalar(x_.width), slope = sum_of<scalar>(along) / scalar(x_.width);
     for (int64_t j = 0; j < width_; j += lanes)
       store(result_ + j, (load<full>(go + j) * load<full>(weight_ + j) - shift - load<full>(s_ + j) * slope) * rstd);
-    put(result_, width_, x_.dx, 0, 0, row, 1, x_.width, static_cast<const scalar*>(nullptr), false);
+    put(result_, width_, x_.dx, 0, 0, row, 1, x_.width, false);
     if (x_.dy.data == nullptr) return;
     for (int64_t j = 0; j < width_; j += lanes) store(result_ + j, load<full>(result_ + j) * load<full>(keep_ + j));
-    put(result_, width_, x_.dy, 0, 0, row, 1, x_.width, static_cast<const scalar*>(nullptr), false);
+    put(result_, width_, x_.dy, 0, 0, row, 1, x_.width, false);
   }
 
   // dweight and dbias: the slices' parts, in their order.
@@ -86,7 +86,7 @@ class ResidualNorm {
         for (int64_t slice = 0; slice < x_.slices; ++slice) total += load<full>(parts + slice * 2 * width_ + first + j);
         store(result_ + j, total);
       }
-      put(result_, width_, *to, 0, 0, int64_t(0), 1, x_.width, static_cast<const scalar*>(nullptr), false);
+      put(result_, width_, *to, 0, 0, int64_t(0), 1, x_.width, false);
     }
   }
 

@@ -97,6 +97,43 @@ HELO_FAST_INLINE number exp_of(number x) {
   return x < E::lowest ? number{} : p * scale;
 }
 
+// x > y ? x : y and x < y ? x : y, y where one is NaN. GCC makes two instructions of the expression and one of these (without the
+// mask, which it drops, GCC 12 warns of its own header).
+#if defined(__x86_64__) && HELO_FAST_VECTOR_BYTES == 64
+HELO_FAST_INLINE Vectors<float>::full larger(Vectors<float>::full x, Vectors<float>::full y) { return _mm512_maskz_max_ps(0xffff, x, y); }
+HELO_FAST_INLINE Vectors<float>::full smaller(Vectors<float>::full x, Vectors<float>::full y) { return _mm512_maskz_min_ps(0xffff, x, y); }
+HELO_FAST_INLINE Vectors<double>::full larger(Vectors<double>::full x, Vectors<double>::full y) { return _mm512_maskz_max_pd(0xff, x, y); }
+HELO_FAST_INLINE Vectors<double>::full smaller(Vectors<double>::full x, Vectors<double>::full y) { return _mm512_maskz_min_pd(0xff, x, y); }
+#elif defined(__x86_64__) && HELO_FAST_VECTOR_BYTES == 32
+HELO_FAST_INLINE Vectors<float>::full larger(Vectors<float>::full x, Vectors<float>::full y) { return _mm256_max_ps(x, y); }
+HELO_FAST_INLINE Vectors<float>::full smaller(Vectors<float>::full x, Vectors<float>::full y) { return _mm256_min_ps(x, y); }
+HELO_FAST_INLINE Vectors<double>::full larger(Vectors<double>::full x, Vectors<double>::full y) { return _mm256_max_pd(x, y); }
+HELO_FAST_INLINE Vectors<double>::full smaller(Vectors<double>::full x, Vectors<double>::full y) { return _mm256_min_pd(x, y); }
+#else
+template <typename full>
+HELO_FAST_INLINE full larger(full x, full y) { return x > y ? x : y; }
+template <typename full>
+HELO_FAST_INLINE full smaller(full x, full y) { return x < y ? x : y; }
+#endif
+
+// exp of a vector of numbers that are at most about 0, or NaN; 0 below the normal numbers. What is below 2^-127 is taken for that,
+// whose power of two has the bits of 0.
+template <typename scalar>
+HELO_FAST_INLINE typename Vectors<scalar>::full exp_of_nonpositive(typename Vectors<scalar>::full x) {
+  using E = Exponential<scalar>;
+  using full = typename Vectors<scalar>::full;
+  constexpr double least = sizeof(scalar) == 4 ? -127 * 0.6931471805599453 : -1023 * 0.6931471805599453;
+  const full within = larger(full{} + scalar(least), x);
+  const full shifted = within * E::per_log2 + E::whole;
+  const full k = shifted - E::whole;
+  const full r = (within - k * E::log2_high) - k * E::log2_low;
+  full p = r * E::terms[0] + E::terms[1];
+#pragma GCC unroll 16
+  for (size_t i = 2; i < sizeof(E::terms) / sizeof(scalar); ++i) p = p * r + E::terms[i];
+  p = (p * r) * r + r + scalar(1);
+  return p * bits<full>((bits<typename Vectors<scalar>::unsigned_words>(shifted) << E::mantissa) + E::one);
+}
+
 inline float exp_vectorised(float x) { return exp_of<float, uint32_t>(x); }
 inline double exp_vectorised(double x) { return exp_of<double, uint64_t>(x); }
 HELO_FAST_INLINE Vectors<float>::full exp_vectorised(Vectors<float>::full x) { return exp_of<float, Vectors<float>::unsigned_words>(x); }
@@ -186,6 +223,23 @@ struct Pieces {
     }
   }
 
+  // Of x, `width` vectors, in place: within each piece, lane k of vector r and lane r of vector k change places.
+  static HELO_FAST_INLINE void transpose_within(full* x) {
+    const auto all = std::make_index_sequence<lanes>();
+    if constexpr (width == 2) {
+      const full first = shuffle<0, 2>(x[0], x[1], all);
+      x[1] = shuffle<1, 3>(x[0], x[1], all);
+      x[0] = first;
+    } else {
+      const full low01 = shuffle<0, 4, 1, 5>(x[0], x[1], all), high01 = shuffle<2, 6, 3, 7>(x[0], x[1], all);
+      const full low23 = shuffle<0, 4, 1, 5>(x[2], x[3], all), high23 = shuffle<2, 6, 3, 7>(x[2], x[3], all);
+      x[0] = shuffle<0, 1, 4, 5>(low01, low23, all);
+      x[1] = shuffle<2, 3, 6, 7>(low01, low23, all);
+      x[2] = shuffle<0, 1, 4, 5>(high01, high23, all);
+      x[3] = shuffle<2, 3, 6, 7>(high01, high23, all);
+    }
+  }
+
   // Lane k of each piece, in all lanes of that piece.
   template <int k>
   static full spread(full x) { return shuffle<k, k, k, k>(x, x, std::make_index_sequence<lanes>()); }
@@ -250,6 +304,19 @@ class RangeCheck {
   words worst_ = {};
 };
 
+// The 64-bit products of the low halves of 64-bit lanes; what stands in the high halves does not matter.
+HELO_FAST_INLINE Vectors<double>::unsigned_words product_of_halves(Vectors<double>::unsigned_words x, Vectors<double>::unsigned_words y) {
+#if defined(__x86_64__) && HELO_FAST_VECTOR_BYTES == 64  // GCC multiplies all 64 bits
+  return bits<Vectors<double>::unsigned_words>(_mm512_maskz_mul_epu32(0xff, bits<__m512i>(x), bits<__m512i>(y)));
+#elif defined(__x86_64__) && HELO_FAST_VECTOR_BYTES == 32
+  return bits<Vectors<double>::unsigned_words>(_mm256_mul_epu32(bits<__m256i>(x), bits<__m256i>(y)));
+#elif defined(__x86_64__)
+  return bits<Vectors<double>::unsigned_words>(_mm_mul_epu32(bits<__m128i>(x), bits<__m128i>(y)));
+#else
+  return (x & 0xffffffff) * (y & 0xffffffff);
+#endif
+}
+
 // The sum of the lanes of a full vector: each step adds to every lane the one half, a quarter, ... of the vector away.
 template <typename scalar>
 HELO_FAST_INLINE scalar sum_of(typename Vectors<scalar>::full v) {
@@ -268,6 +335,28 @@ HELO_FAST_INLINE scalar sum_of(typename Vectors<scalar>::full v) {
     v += __builtin_shufflevector(v, v, 1, 0, 3, 2);
   } else {
     v += __builtin_shufflevector(v, v, 1, 0);
+  }
+  return v[0];
+}
+
+// The largest lane, of lanes none of which is NaN.
+template <typename scalar>
+HELO_FAST_INLINE scalar max_of(typename Vectors<scalar>::full v) {
+  constexpr int64_t lanes = Vectors<scalar>::lanes;
+  if constexpr (lanes == 16) {
+    v = larger(__builtin_shufflevector(v, v, 8, 9, 10, 11, 12, 13, 14, 15, 0, 1, 2, 3, 4, 5, 6, 7), v);
+    v = larger(__builtin_shufflevector(v, v, 4, 5, 6, 7, 0, 1, 2, 3, 12, 13, 14, 15, 8, 9, 10, 11), v);
+    v = larger(__builtin_shufflevector(v, v, 2, 3, 0, 1, 6, 7, 4, 5, 10, 11, 8, 9, 14, 15, 12, 13), v);
+    v = larger(__builtin_shufflevector(v, v, 1, 0, 3, 2, 5, 4, 7, 6, 9, 8, 11, 10, 13, 12, 15, 14), v);
+  } else if constexpr (lanes == 8) {
+    v = larger(__builtin_shufflevector(v, v, 4, 5, 6, 7, 0, 1, 2, 3), v);
+    v = larger(__builtin_shufflevector(v, v, 2, 3, 0, 1, 6, 7, 4, 5), v);
+    v = larger(__builtin_shufflevector(v, v, 1, 0, 3, 2, 5, 4, 7, 6), v);
+  } else if constexpr (lanes == 4) {
+    v = larger(__builtin_shufflevector(v, v, 2, 3, 0, 1), v);
+    v = larger(__builtin_shufflevector(v, v, 1, 0, 3, 2), v);
+  } else {
+    v = larger(__builtin_shufflevector(v, v, 1, 0), v);
   }
   return v[0];
 }

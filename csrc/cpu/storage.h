@@ -57,11 +57,19 @@ inline void typed(double, Storage, unsigned char* data, const Use& use) {
   use(reinterpret_cast<double*>(data));
 }
 
+inline int64_t stored_bytes(Storage storage) { return storage == Storage::float64 ? 8 : storage == Storage::float32 ? 4 : 2; }
+
 inline int64_t offset(const View& x, int64_t b, int64_t h, int64_t row) { return b * x.batch + h * x.head + row * x.row; }
 
 template <typename scalar>
 struct Matrix {
   const scalar* data;
+  int64_t stride;
+};
+
+template <typename scalar>
+struct Place {  // a matrix to write to
+  scalar* data;
   int64_t stride;
 };
 
@@ -88,19 +96,18 @@ Matrix<scalar> take(const View& x, int64_t b, int64_t h, int64_t row, int64_t ro
   return result;
 }
 
-// The reverse, each row times its factor (where there are any); x's columns are adjacent. With add, onto what is there.
+// The reverse; x's columns are adjacent. With add, onto what is there.
 template <typename scalar>
 void put(const scalar* from, int64_t stride, const View& x, int64_t b, int64_t h, int64_t row, int64_t rows, int64_t columns,
-         const scalar* factors, bool add) {
+         bool add) {
   typed(scalar(), x.storage, x.data, [&](auto* data) {
     auto* to = data + offset(x, b, h, row);
     using stored = decltype(narrow(scalar(), *data));
     for (int64_t i = 0; i < rows; ++i, to += x.row, from += stride) {
-      const scalar factor = factors ? factors[i] : scalar(1);
       if (add)
         for (int64_t j = 0; j < columns; ++j) to[j] = narrow(widen(to[j]) + from[j], stored{});
       else
-        for (int64_t j = 0; j < columns; ++j) to[j] = narrow(from[j] * factor, stored{});
+        for (int64_t j = 0; j < columns; ++j) to[j] = narrow(from[j], stored{});
     }
   });
 }

@@ -1,6 +1,7 @@
 """The torch.library ops behind lcd_attention: schema, fake and autograd, once for all back ends.
 
 q is [B or 1, H, n, d], bias [B or 1, H or 1, n, m], all of one dtype, as api.py prepares them; strides are any.
+Results [B, H, n, d] lie in memory as [B, n, H, d] (``reference.empty_heads``).
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from ... import _registry
 from .. import _library
 from . import backends as _backends  # noqa: F401  (registers the adapters)
 from . import philox
-from .reference import compute_dtype
+from .reference import compute_dtype, empty_heads
 
 _OPTIONS = "float scale, float dropkey_p, float dropout_p"
 _library.define(
@@ -38,7 +39,7 @@ def _fwd(q, k, v, bias, seed, scale, dropkey_p, dropout_p, backend):
 @_library.fake("lcd_attention_fwd")
 def _fwd_fake(q, k, v, bias, seed, scale, dropkey_p, dropout_p, backend):
     B, H, n, d = k.shape[0], k.shape[1], q.shape[2], q.shape[3]
-    return q.new_empty(B, H, n, d), q.new_empty(B, H, n, dtype=compute_dtype(q.dtype))
+    return empty_heads(q, (B, H, n, d)), q.new_empty(B, H, n, dtype=compute_dtype(q.dtype))
 
 
 @_library.implement("lcd_attention_bwd")
@@ -52,7 +53,7 @@ def _bwd(grad_out, q, k, v, bias, out, lse, seed, scale, dropkey_p, dropout_p, b
 @_library.fake("lcd_attention_bwd")
 def _bwd_fake(grad_out, q, k, v, bias, out, lse, seed, scale, dropkey_p, dropout_p, bias_grad, backend):
     dbias = q.new_empty(bias.shape if bias_grad else (0,))
-    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape), dbias
+    return empty_heads(q, q.shape), empty_heads(k, k.shape), empty_heads(v, v.shape), dbias
 
 
 def _setup_context(ctx, inputs, output):

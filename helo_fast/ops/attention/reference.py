@@ -28,6 +28,12 @@ def compute_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+def empty_heads(like: Tensor, shape: torch.Size, dtype: torch.dtype | None = None) -> Tensor:
+    """Uninitialised [B, H, n, d] in the memory of [B, n, H, d], so that joining the heads copies nothing: the layout of all results."""
+    B, H, n, d = shape
+    return like.new_empty(B, n, H, d, dtype=dtype).transpose(1, 2)
+
+
 def lcd_attention(
     q: Tensor,  # [B, H, n, d], or shared by the batch: [1, H, n, d] or [H, n, d]
     k: Tensor,  # [B, H, m, d]
@@ -75,7 +81,7 @@ def fwd(
     -inf where none is: the weights are exp(s - lse), or (s == DROPPED) DROPPED / lse where lse is at most DROPPED."""
     B, H, m, _ = k.shape
     n, compute = q.shape[2], compute_dtype(q.dtype)
-    out, lse = q.new_empty(B, H, n, q.shape[3]), q.new_empty(B, H, n, dtype=compute)
+    out, lse = empty_heads(q, (B, H, n, q.shape[3])), q.new_empty(B, H, n, dtype=compute)
     for piece in _pieces(B, H, n * m):
         drop, keep = _masks(seed, piece, H, n, m, dropkey_p, dropout_p)
         logits = _masked_logits(q, k, bias, scale, compute, piece, drop)
@@ -111,7 +117,7 @@ def bwd(
     """
     B, H, m, _ = k.shape
     n, compute = q.shape[2], compute_dtype(q.dtype)
-    dq, dk, dv = (torch.zeros(t.shape, dtype=compute, device=t.device) for t in (q, k, v))
+    dq, dk, dv = (empty_heads(t, t.shape, compute).zero_() for t in (q, k, v))
     dbias = torch.zeros(bias.shape, dtype=compute, device=bias.device) if bias_grad else None
     rescale = philox.dropout_rescale(dropout_p)
     for piece in _pieces(B, H, n * m):
