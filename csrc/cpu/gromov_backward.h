@@ -38,6 +38,8 @@ class GromovBackward {
       scatter(x_, d_C_, g_.d_x + problem * n * n);
       scatter(y_, d_D_, g_.d_y + problem * m * m);
     } else {
+      x_.normalise();
+      y_.normalise();
       through_costs(x_, d_C_, g_.threshold_gradients, d_unit_x_);
       through_costs(y_, d_D_, g_.threshold_gradients ? g_.threshold_gradients + 2 : nullptr, d_unit_y_);
       if (s_.alpha < 1 && !g_.d_xy) {
@@ -71,7 +73,12 @@ class GromovBackward {
       y_.select(s_.b + problem_ * m);
       x_.read_tokens(s_.x + problem_ * n * s_.width);
       y_.read_tokens(s_.y + problem_ * m * s_.width);
-      if (s_.extremes) x_.low = s_.extremes[0], x_.high = s_.extremes[1], y_.low = s_.extremes[2], y_.high = s_.extremes[3];
+      if (s_.extremes) {
+        x_.low = s_.extremes[0], x_.high = s_.extremes[1], y_.low = s_.extremes[2], y_.high = s_.extremes[3];
+      } else {
+        x_.find_extremes();
+        y_.find_extremes();
+      }
     } else {
       for (int64_t i = 0; i < n; ++i) r_[i] = 0;
       for (int64_t j = 0; j < m; ++j) s_sum_[j] = 0;

@@ -10,6 +10,7 @@
 // underflows stays below 1e-38 kRange^2 of a_i b_j. A step that meets a scaling outside [1 / kRange, kRange] is done again by
 // log-sum-exps, whose result sets phi, psi and g anew. The first step sets them too, where it can without.
 //
+// K and A stand apart in whole vectors of their rows and in their tails, so that the tails of four rows are one vector.
 // Padding: K and A are 0 there; b and the columns' scalings 1; a is 0 and the rows' sums 1. So nothing meets 0 / 0.
 #include "gromov_product.h"
 
@@ -29,7 +30,7 @@ class PlanSolver {
   PlanSolver(Arena& arena, int64_t n, int64_t m) {
     const int64_t np = padded_rows(n), mp = padded<scalar>(m);
     for (scalar** p : {&N_, &A_, &K_}) *p = arena.take<scalar>(np * mp);
-    for (scalar** p : {&a_, &z_, &row_sum_, &row_pad_}) *p = arena.take<scalar>(np);
+    for (scalar** p : {&a_, &z_, &row_pad_}) *p = arena.take<scalar>(np);
     for (scalar** p : {&b_, &u_, &next_u_, &col_sum_, &last_sum_, &first_sum_, &col_pad_, &top_}) *p = arena.take<scalar>(mp);
     for (double** p : {&phi_, &alpha_}) *p = arena.take<double>(np);
     for (double** p : {&psi_, &g_, &log_u_, &beta_, &log_top_, &total_}) *p = arena.take<double>(mp);
@@ -40,9 +41,10 @@ class PlanSolver {
   // Before every problem: masses a of n rows and b of m columns, all above 0.
   void start(const scalar* a, int64_t n, const scalar* b, int64_t m) {
     n_ = n, m_ = m, np_ = padded_rows(n), mp_ = padded<scalar>(m);
+    tail_ = has_tail<scalar>(m);
+    whole_ = (m - (tail_ ? kTail<scalar> : 0) + V::lanes - 1) / V::lanes * V::lanes;
     for (int64_t i = 0; i < np_; ++i) a_[i] = i < n ? a[i] : 0, row_pad_[i] = i >= n;
-    for (int64_t j = 0; j < mp_; ++j) b_[j] = j < m ? b[j] : 1, col_pad_[j] = j >= m;
-    for (int64_t i = n * mp_; i < np_ * mp_; ++i) A_[i] = K_[i] = 0;
+    for (int64_t j = 0; j < mp_; ++j) b_[j] = j < m ? b[j] : 1, col_sum_[j] = last_sum_[j] = col_pad_[j] = j >= m;
     scalar smallest = b[0];
     largest_b_ = b[0];
     for (int64_t j = 1; j < m; ++j) {
@@ -58,30 +60,33 @@ class PlanSolver {
   // N_ij = (weight gain_ij - cross_weight cross_ij) / epsilon less the maxima of its rows, then of its columns, which would cost it
   // digits: a term of i alone does not change the plan, one of j alone goes to the start. That is -columns / epsilon besides.
   void set(scalar weight, const scalar* cross, scalar cross_weight, const scalar* columns, scalar column_weight, double per_epsilon) {
-    const full lowest = full{} - kLarge;
     for (int64_t j = 0; j < mp_; ++j) top_[j] = -kLarge;
     for (int64_t i = 0; i < n_; ++i) {
       scalar* N = N_ + i * mp_;
-      full most = lowest;
-      for (int64_t j = 0; j < mp_; j += V::lanes) {
-        full v = weight * load<full>(N + j) - kLarge * load<full>(col_pad_ + j);
-        if (cross) v -= cross_weight * load<full>(cross + i * mp_ + j);
-        most = v > most ? v : most;
+      Largest<scalar> most(-kLarge);
+      for_columns<scalar>(m_, [&](auto zero, int64_t j) HELO_FAST_LAMBDA {
+        using vector = decltype(zero);
+        vector v = weight * load<vector>(N + j) - kLarge * load<vector>(col_pad_ + j);
+        if (cross) v -= cross_weight * load<vector>(cross + i * mp_ + j);
+        most.see(v);
         store(N + j, v);
-      }
-      const scalar row_top = largest_lane<scalar>(most);
-      for (int64_t j = 0; j < mp_; j += V::lanes) {
-        const full v = load<full>(N + j) - row_top, top = load<full>(top_ + j);
+      });
+      const scalar row_top = most.result();
+      for_columns<scalar>(m_, [&](auto zero, int64_t j) HELO_FAST_LAMBDA {
+        using vector = decltype(zero);
+        const vector v = load<vector>(N + j) - row_top;
         store(N + j, v);
-        store(top_ + j, v > top ? v : top);
-      }
+        store(top_ + j, larger_of(v, load<vector>(top_ + j)));
+      });
     }
     const scalar scale = scalar(per_epsilon);
     for (int64_t i = 0; i < n_; ++i)
-      for (int64_t j = 0; j < mp_; j += V::lanes) {
-        const full v = (load<full>(N_ + i * mp_ + j) - load<full>(top_ + j)) * scale - kLarge * load<full>(col_pad_ + j);
-        store(N_ + i * mp_ + j, v > lowest ? v : lowest);
-      }
+      for_columns<scalar>(m_, [&](auto zero, int64_t j) HELO_FAST_LAMBDA {
+        using vector = decltype(zero);
+        scalar* N = N_ + i * mp_ + j;
+        const vector v = (load<vector>(N) - load<vector>(top_ + j)) * scale - kLarge * load<vector>(col_pad_ + j);
+        store(N, larger_of(v, zero - kLarge));
+      });
     for (int64_t j = 0; j < m_; ++j) log_u_[j] = (double(top_[j]) - double(column_weight) * columns[j]) * per_epsilon;
   }
 
@@ -99,20 +104,36 @@ class PlanSolver {
   double write(scalar* plan) {
     const scalar* K = K_of_first_ ? A_ : K_;
     for (int64_t j = 0; j < mp_; ++j) next_u_[j] = b_[j] / last_sum_[j];
-    full moved = {};
+    Sum<scalar> moved;
     for (int64_t i = 0; i < n_; ++i)
-      for (int64_t j = 0; j < mp_; j += V::lanes) {
-        const full T = z_[i] * load<full>(K + i * mp_ + j) * load<full>(next_u_ + j), d = T - load<full>(plan + i * mp_ + j);
-        moved += d > 0 ? d : -d;
+      for_columns<scalar>(m_, [&](auto zero, int64_t j) HELO_FAST_LAMBDA {
+        using vector = decltype(zero);
+        const vector T = z_[i] * load<vector>(at<vector>(K, i, j)) * load<vector>(next_u_ + j);
+        const vector d = T - load<vector>(plan + i * mp_ + j);
+        moved.see(larger_of(d, -d));
         store(plan + i * mp_ + j, T);
-      }
-    return sum_lanes<scalar>(moved);
+      });
+    return moved.result();
   }
 
  private:
+  // Of K and A: [np, whole_] the whole vectors of their rows, then [np, kTail] the tails.
+  template <typename vector, typename pointer>
+  HELO_FAST_INLINE pointer at(pointer matrix, int64_t i, int64_t j) const {
+    return sizeof(vector) == sizeof(full) ? matrix + i * whole_ + j : matrix + np_ * whole_ + i * kTail<scalar>;
+  }
+  scalar& entry(scalar* matrix, int64_t i, int64_t j) const {
+    return j < whole_ ? matrix[i * whole_ + j] : matrix[np_ * whole_ + i * kTail<scalar> + j - whole_];
+  }
+  int64_t padded_columns() const { return whole_ + (tail_ ? kTail<scalar> : 0); }
+  void clear_padding(scalar* matrix) const {
+    for (int64_t i = n_; i < np_; ++i)
+      for (int64_t j = 0; j < padded_columns(); ++j) entry(matrix, i, j) = 0;
+  }
+
   bool sweep(bool powers) {
     const scalar* K = K_of_first_ ? A_ : K_;
-    switch (mp_ / V::lanes) {
+    switch (whole_ / V::lanes) {
       case 1: return powers ? sweep<true, 1>(K) : sweep<false, 1>(K);
       case 2: return powers ? sweep<true, 2>(K) : sweep<false, 2>(K);
       case 3: return powers ? sweep<true, 3>(K) : sweep<false, 3>(K);
@@ -121,27 +142,40 @@ class PlanSolver {
     }
   }
 
-  // K *= A if powers (from is where K stands before); z = a / (K u), col_sum = K' z. False where a sum leaves the safe range.
-  // Four rows at a time: while they are in cache, once for their sums and once for the columns', four rows later, when z has arrived.
-  // Up to four vectors of columns stay in registers (vectors > 0).
   template <bool powers, int vectors>
   bool sweep(const scalar* from) {
+    if constexpr (kTail<scalar> > 0)
+      if (tail_) return sweep<powers, vectors, true>(from);
+    return sweep<powers, vectors, false>(from);
+  }
+
+  // K *= A if powers (from is where K stands before); z = a / (K u), col_sum = K' z. False where a sum leaves the safe range.
+  // Four rows at a time: while they are in cache, once for their sums and once for the columns', four rows later, when z has arrived.
+  // Up to four vectors of columns stay in registers (vectors > 0). The tails of four rows are one vector.
+  template <bool powers, int vectors, bool tail>
+  bool sweep(const scalar* from) {
     using four = typename Pack<scalar, 4>::type;
+    using P = Pieces<scalar>;
     constexpr int lanes = V::lanes;
-    const int64_t rows = np_, mp = vectors ? vectors * lanes : mp_;
+    const int64_t rows = np_, stride = vectors ? vectors * lanes : whole_, to_tails = rows * stride;
     const scalar *A = A_, *u = u_, *a = a_, *pad = row_pad_;
     scalar *K = K_, *z = z_, *columns = col_sum_;
+    const scalar *from_tails = from + to_tails, *A_tails = A_ + to_tails;
+    scalar* K_tails = K_ + to_tails;
+    full tail_u = {}, tail_columns = {};
+    if constexpr (tail) tail_u = P::repeat(u + stride);
     full even[vectors ? vectors : 1], odd[vectors ? vectors : 1] = {};
     if (vectors)
       for (int v = 0; v < vectors; ++v) even[v] = load<full>(col_pad_ + v * lanes);
     else
-      for (int64_t j = 0; j < mp; ++j) columns[j] = col_pad_[j];
+      for (int64_t j = 0; j < stride; ++j) columns[j] = col_pad_[j];
     auto safe = four{} == four{};
-    const auto add = [&](const scalar* scale, const scalar* scaled) HELO_FAST_LAMBDA {
+    const auto add = [&](int64_t i, const scalar* scaled, const scalar* tails) HELO_FAST_LAMBDA {
+      const scalar* scale = z + i;
 #pragma GCC unroll 4
-      for (int64_t j = 0; j < mp; j += lanes) {
-        const full first = scale[0] * load<full>(scaled + j) + scale[1] * load<full>(scaled + mp + j);
-        const full second = scale[2] * load<full>(scaled + 2 * mp + j) + scale[3] * load<full>(scaled + 3 * mp + j);
+      for (int64_t j = 0; j < stride; j += lanes) {
+        const full first = scale[0] * load<full>(scaled + j) + scale[1] * load<full>(scaled + stride + j);
+        const full second = scale[2] * load<full>(scaled + 2 * stride + j) + scale[3] * load<full>(scaled + 3 * stride + j);
         if (vectors) {
           even[j / lanes] += first;
           odd[j / lanes] += second;
@@ -149,25 +183,35 @@ class PlanSolver {
           store(columns + j, load<full>(columns + j) + first + second);
         }
       }
+      if constexpr (tail) tail_columns += P::diagonal(P::repeat(scale)) * load<full>(tails + i * kTail<scalar>);
     };
     const scalar* const result = powers ? K : from;
-    for (int64_t i = 0; i < rows; i += 4, from += 4 * mp, A += 4 * mp, K += 4 * mp) {
-      full sums[4] = {};
+    const scalar* const result_tails = powers ? K_tails : from_tails;
+    for (int64_t i = 0; i < rows; i += 4, from += 4 * stride, A += 4 * stride, K += 4 * stride) {
+      full sums[4] = {}, tail_sums = {};
 #pragma GCC unroll 4
-      for (int64_t j = 0; j < mp; j += lanes) {
+      for (int64_t j = 0; j < stride; j += lanes) {
         const full weight = load<full>(u + j);
 #pragma GCC unroll 4
         for (int r = 0; r < 4; ++r) {
-          full v = load<full>(from + r * mp + j);
+          full v = load<full>(from + r * stride + j);
           if (powers) {
-            v *= load<full>(A + r * mp + j);
-            store(K + r * mp + j, v);
+            v *= load<full>(A + r * stride + j);
+            store(K + r * stride + j, v);
           }
           sums[r] += v * weight;
         }
       }
+      if constexpr (tail) {
+        full v = load<full>(from_tails + i * kTail<scalar>);
+        if (powers) {
+          v *= load<full>(A_tails + i * kTail<scalar>);
+          store(K_tails + i * kTail<scalar>, v);
+        }
+        tail_sums = v * tail_u;
+      }
       scalar scale[4];
-      sum_four<scalar>(sums, scale);
+      sum_four<scalar>(sums, scale, tail_sums);
       four sum, top, extra;
       std::memcpy(&sum, scale, sizeof sum);
       std::memcpy(&top, a + i, sizeof top);
@@ -176,10 +220,15 @@ class PlanSolver {
       safe &= (sum > 1 / kRange) & (sum < kRange);
       top /= sum;
       std::memcpy(z + i, &top, sizeof top);
-      if (i > 0) add(z + i - 4, result + (i - 4) * mp);
+      if (i > 0) add(i - 4, result + (i - 4) * stride, result_tails);
     }
-    add(z + rows - 4, result + (rows - 4) * mp);
+    add(rows - 4, result + (rows - 4) * stride, result_tails);
     for (int v = 0; v < vectors; ++v) store(columns + v * lanes, even[v] + odd[v]);
+    if constexpr (tail) {
+      Sum<scalar> all_rows;
+      all_rows.see(tail_columns);
+      store(columns + stride, all_rows.to_piece() + load<typename V::piece>(col_pad_ + stride));
+    }
     return all(safe);
   }
 
@@ -219,7 +268,11 @@ class PlanSolver {
     for (int64_t j = 1; j < m_; ++j) most = larger(most, log_u_[j]);
     for (int64_t j = 0; j < mp_; ++j) next_u_[j] = j < m_ ? scalar(log_u_[j] - most) : 0;
     for (int64_t i = 0; i < n_; ++i)
-      for (int64_t j = 0; j < mp_; ++j) A_[i * mp_ + j] = exp_vectorised(N_[i * mp_ + j] + next_u_[j]);
+      for_columns<scalar>(m_, [&](auto zero, int64_t j) HELO_FAST_LAMBDA {
+        using vector = decltype(zero);
+        store(at<vector>(A_, i, j), exp_vectorised(load<vector>(N_ + i * mp_ + j) + load<vector>(next_u_ + j)));
+      });
+    clear_padding(A_);
     for (int64_t j = 0; j < mp_; ++j) u_[j] = powers ? 1 : b_[j];
     K_of_first_ = psi_of_first_ = true;
     if (!sweep(false) || !advance(false)) return exact(1, powers);
@@ -228,14 +281,18 @@ class PlanSolver {
     // exp(N + f + g) with g = psi: K itself, but for a factor of its row, which makes no difference.
     for (int64_t j = 0; j < mp_; ++j) next_u_[j] = 1 / last_sum_[j];
     for (int64_t i = 0; i < n_; ++i) {
-      full most_of_row = {};
-      for (int64_t j = 0; j < mp_; j += V::lanes) {
-        const full v = load<full>(A_ + i * mp_ + j) * load<full>(next_u_ + j);
-        most_of_row = v > most_of_row ? v : most_of_row;
-        store(A_ + i * mp_ + j, v);
-      }
-      const scalar scale = 1 / largest_lane<scalar>(most_of_row);
-      for (int64_t j = 0; j < mp_; j += V::lanes) store(A_ + i * mp_ + j, scale * load<full>(A_ + i * mp_ + j));
+      Largest<scalar> most_of_row(0);
+      for_columns<scalar>(m_, [&](auto zero, int64_t j) HELO_FAST_LAMBDA {
+        using vector = decltype(zero);
+        const vector v = load<vector>(at<vector>(A_, i, j)) * load<vector>(next_u_ + j);
+        most_of_row.see(v);
+        store(at<vector>(A_, i, j), v);
+      });
+      const scalar scale = 1 / most_of_row.result();
+      for_columns<scalar>(m_, [&](auto zero, int64_t j) HELO_FAST_LAMBDA {
+        using vector = decltype(zero);
+        store(at<vector>(A_, i, j), scale * load<vector>(at<vector>(A_, i, j)));
+      });
     }
     start_from_b();
   }
@@ -263,10 +320,10 @@ class PlanSolver {
       for (int64_t j = 0; j < m_; ++j) log_top_[j] = larger(log_top_[j], power * N_[i * mp_ + j] + alpha_[i]);
     for (int64_t i = 0; i < n_; ++i) {
       const scalar* N = N_ + i * mp_;
-      scalar* K = K_ + i * mp_;
       for (int64_t j = 0; j < m_; ++j) {
-        K[j] = exp_vectorised(scalar(power * N[j] + alpha_[i] - log_top_[j]));
-        total_[j] += K[j];
+        const scalar K = exp_vectorised(scalar(power * N[j] + alpha_[i] - log_top_[j]));
+        entry(K_, i, j) = K;
+        total_[j] += K;
       }
     }
     for (int64_t j = 0; j < m_; ++j) {
@@ -274,15 +331,16 @@ class PlanSolver {
       g_[j] = powers ? psi_[j] - beta_[j] : 0;
     }
     for (int64_t i = 0; i < n_; ++i) {
-      scalar *K = K_ + i * mp_, *A = A_ + i * mp_;
       const scalar* N = N_ + i * mp_;
-      for (int64_t j = 0; j < m_; ++j) K[j] /= scalar(z_[i] * total_[j]);
-      for (int64_t j = m_; j < mp_; ++j) K[j] = A[j] = 0;
+      for (int64_t j = 0; j < m_; ++j) entry(K_, i, j) /= scalar(z_[i] * total_[j]);
+      for (int64_t j = m_; j < padded_columns(); ++j) entry(K_, i, j) = entry(A_, i, j) = 0;
       if (!powers) continue;
       double most = -HUGE_VAL;
       for (int64_t j = 0; j < m_; ++j) most = larger(most, N[j] + g_[j]);
-      for (int64_t j = 0; j < m_; ++j) A[j] = exp_vectorised(scalar(N[j] + g_[j] - most));
+      for (int64_t j = 0; j < m_; ++j) entry(A_, i, j) = exp_vectorised(scalar(N[j] + g_[j] - most));
     }
+    clear_padding(K_);
+    clear_padding(A_);
     base_ = step;
     K_of_first_ = psi_of_first_ = false;
     for (int64_t j = 0; j < mp_; ++j) u_[j] = b_[j], last_sum_[j] = 1;
@@ -311,13 +369,15 @@ class PlanSolver {
   }
 
   int64_t n_ = 0, m_ = 0, np_ = 0, mp_ = 0;  // padded
+  int64_t whole_ = 0;                        // columns in whole vectors;
+  bool tail_ = false;                        // whether a tail comes after them
   int64_t base_ = 1;                         // the step of psi and g
   bool K_of_first_ = false;                  // K stands in A
   bool psi_of_first_ = false;                // psi and g are not computed yet: log_u - log first_sum
   bool uneven_b_ = false;                    // b spans more than the safe range
   scalar largest_b_ = 0;
-  scalar *N_, *A_, *K_;                                                        // [np, mp]
-  scalar *a_, *z_, *row_sum_, *row_pad_;                                       // [np]
+  scalar *N_, *A_, *K_;                                                        // [np, mp]; of A and K see at()
+  scalar *a_, *z_, *row_pad_;                                       // [np]
   scalar *b_, *u_, *next_u_, *col_sum_, *last_sum_, *first_sum_, *col_pad_, *top_;  // [mp]; sums K' z of this step, the last, the first
   double *phi_, *alpha_;                                                       // [n]
   double *psi_, *g_, *log_u_, *beta_, *log_top_, *total_;                      // [m]

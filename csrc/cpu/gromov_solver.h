@@ -52,7 +52,10 @@ class GromovSolver {
   void read(Space<scalar>& side, bool is_x) {
     if (!s_.width) return side.read_cost((is_x ? s_.cost_x : s_.cost_y) + problem_ * side.size * side.size);
     side.read_tokens((is_x ? s_.x : s_.y) + problem_ * side.size * side.width);
-    if (s_.extremes) side.low = s_.extremes[is_x ? 0 : 2], side.high = s_.extremes[is_x ? 1 : 3];
+    if (s_.extremes)
+      side.low = s_.extremes[is_x ? 0 : 2], side.high = s_.extremes[is_x ? 1 : 3];
+    else
+      side.find_extremes();
     side.cut(s_.threshold);
   }
 
@@ -104,8 +107,26 @@ class GromovSolver {
   // out = left T right, less the means.
   void between(const scalar* left, const scalar* right, scalar* out) {
     const int64_t n = rows_.count, m = cols_.count, mp = cols_.stride;
-    product(left, rows_.stride, T_, mp, n, n, mp, inner_.scratch(0), mp);
-    product(inner_.scratch(0), mp, right, mp, n, m, mp, out, mp);
+    product(left, rows_.stride, T_, mp, n, n, m, inner_.scratch(0), mp);
+    product(inner_.scratch(0), mp, right, mp, n, m, m, out, mp);
+  }
+
+  // The same at T = a b', where it is (left a) (right' b)'.
+  void between_at_start(const scalar* left, const scalar* right_transposed, scalar* out) {
+    const int64_t n = rows_.count, m = cols_.count, mp = cols_.stride;
+    product_with_vector(left, rows_.stride, rows_.mass, n, row_mean_);
+    product_with_vector(right_transposed, mp, cols_.mass, m, col_mean_);
+    for (int64_t j = m; j < mp; ++j) col_mean_[j] = 0;
+    for (int64_t i = 0; i < n; ++i)
+      for_columns<scalar>(m, [&](auto zero, int64_t j) HELO_FAST_LAMBDA {
+        store(out + i * mp + j, row_mean_[i] * load<decltype(zero)>(col_mean_ + j));
+      });
+  }
+
+  // out = C T D', or C' T D, less the means.
+  void transport(bool transposed, bool at_start, scalar* out) {
+    const scalar *left = transposed ? Ct_space_ : C_, *right = transposed ? D_ : Dt_;
+    at_start ? between_at_start(left, transposed ? Dt_ : D_, out) : between(left, right, out);
   }
 
   void iterate() {
@@ -113,9 +134,9 @@ class GromovSolver {
     const double per_epsilon = inner_.finite(1 / x_.epsilon);
     for (iterations_ = 1;; ++iterations_) {
       scalar* gain = inner_.gain();
-      between(C_, Dt_, gain);
+      transport(false, iterations_ == 1, gain);
       if (both_) {
-        between(Ct_space_, D_, inner_.scratch(1));
+        transport(true, iterations_ == 1, inner_.scratch(1));
         for (int64_t k = 0; k < rows_.count * cols_.stride; ++k) gain[k] += inner_.scratch(1)[k];
       }
       inner_.set(2 * twice * alpha, s_.alpha == 1 ? nullptr : cross_, scalar(1 - s_.alpha), columns_, twice * alpha, per_epsilon);
@@ -160,17 +181,18 @@ class GromovSolver {
     for (int64_t j = 0; j < mp; ++j) col_sum_[j] = 0;
     double inner = 0, across = 0;
     for (int64_t i = 0; i < n; ++i) {
-      full row = {}, product = {}, crossed = {};
-      for (int64_t j = 0; j < mp; j += V::lanes) {
-        const full T = load<full>(T_ + i * mp + j);
-        row += T;
-        product += T * load<full>(gain + i * mp + j);
-        if (s_.alpha != 1) crossed += T * load<full>(cross_ + i * mp + j);
-        store(col_sum_ + j, load<full>(col_sum_ + j) + T);
-      }
-      row_sum_[i] = scalar(sum_lanes<scalar>(row));
-      inner += sum_lanes<scalar>(product);
-      across += sum_lanes<scalar>(crossed);
+      Sum<scalar> row, product, crossed;
+      for_columns<scalar>(m, [&](auto zero, int64_t j) HELO_FAST_LAMBDA {
+        using vector = decltype(zero);
+        const vector T = load<vector>(T_ + i * mp + j);
+        row.see(T);
+        product.see(T * load<vector>(gain + i * mp + j));
+        if (s_.alpha != 1) crossed.see(T * load<vector>(cross_ + i * mp + j));
+        store(col_sum_ + j, load<vector>(col_sum_ + j) + T);
+      });
+      row_sum_[i] = row.result();
+      inner += product.result();
+      across += crossed.result();
     }
     double mass = 0;
     for (int64_t i = 0; i < n; ++i) mass += row_sum_[i];
@@ -229,6 +251,8 @@ void find_extremes(const GromovSpaces<scalar>& s, scalar* extremes, int64_t begi
     y.select(s.b + problem * s.m);
     x.read_tokens(s.x + problem * s.n * s.width);
     y.read_tokens(s.y + problem * s.m * s.width);
+    x.find_extremes();
+    y.find_extremes();
     const scalar ends[4] = {x.low, x.high, y.low, y.high};
     for (int k = 0; k < 4; ++k) extremes[4 * problem + k] = ends[k];
   }

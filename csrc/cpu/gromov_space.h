@@ -6,6 +6,13 @@ namespace HELO_FAST_SET {
 
 constexpr double kNormFloor = 1e-12;  // of a token, in its cosine cost
 
+// Of two tokens with that inner product; scale, the inverse of the product of their norms, is 0 where that is beyond all numbers.
+template <typename number>
+HELO_FAST_INLINE number cosine_cost(number product, number scale) {
+  const number one = number{} + 1, cost = 1 - product * scale;
+  return scale > 0 ? cost : one;
+}
+
 template <typename scalar>
 class Space {
  public:
@@ -18,6 +25,7 @@ class Space {
     mass = arena.take<scalar>(padded<scalar>(size));
     cost = arena.take<scalar>(rows * padded<scalar>(size));
     norm = arena.take<scalar>(rows);
+    scale = arena.take<scalar>(padded<scalar>(size));
     unit = arena.take<scalar>(width ? rows * padded<scalar>(width) : 0);
   }
 
@@ -42,35 +50,44 @@ class Space {
     }
   }
 
-  // unit = tokens / their norms, cost = 1 - cos, low and high its extremes.
+  // cost = 1 - cos, of the tokens as they are: their norms divide the products.
   void read_tokens(const scalar* tokens) {
-    const int64_t wide = padded<scalar>(width);
-    for (int64_t i = 0; i < padded_rows(count); ++i) {
-      scalar* to = unit + i * wide;
-      const int64_t filled = i < count ? width : 0;
-      for (int64_t k = 0; k < filled; ++k) to[k] = tokens[where[i] * width + k];
-      for (int64_t k = filled; k < wide; ++k) to[k] = 0;
-      full squares = {};
-      for (int64_t k = 0; k < wide; k += V::lanes) squares += load<full>(to + k) * load<full>(to + k);
-      const double length = std::sqrt(double(sum_lanes<scalar>(squares)));
-      norm[i] = scalar(length);
-      const scalar scale = scalar(1 / (length > kNormFloor ? length : kNormFloor));
-      for (int64_t k = 0; k < wide; k += V::lanes) store(to + k, scale * load<full>(to + k));
+    find_points(tokens);
+    const int64_t rows = padded_rows(count);
+    gram(points, rows, padded<scalar>(width), cost, stride);
+    for (int64_t i = 0; i < rows; ++i) {
+      norm[i] = std::sqrt(cost[i * stride + i]);
+      scale[i] = 1 / (norm[i] > scalar(kNormFloor) ? norm[i] : scalar(kNormFloor));
     }
-    gram(unit, padded_rows(count), wide, cost, stride);
-    full least = full{} + scalar(HUGE_VAL), most = full{} - scalar(HUGE_VAL);
+    for (int64_t i = 0; i < count; ++i)
+      for_columns<scalar>(count, [&](auto zero, int64_t j) HELO_FAST_LAMBDA {
+        using vector = decltype(zero);
+        scalar* c = cost + i * stride + j;
+        store(c, cosine_cost<vector>(load<vector>(c), scale[i] * load<vector>(scale + j)));
+      });
+  }
+
+  // low and high: the extremes of the costs.
+  void find_extremes() {
+    Largest<scalar> most(-scalar(HUGE_VAL)), minus_least(-scalar(HUGE_VAL));
     for (int64_t i = 0; i < count; ++i) {
       scalar* c = cost + i * stride;
       for (int64_t j = count; j < stride; ++j) c[j] = c[0];
-      for (int64_t j = 0; j < stride; j += V::lanes) {
-        const full v = 1 - load<full>(c + j);
-        least = v < least ? v : least;
-        most = v > most ? v : most;
-        store(c + j, v);
-      }
+      for_columns<scalar>(count, [&](auto zero, int64_t j) HELO_FAST_LAMBDA {
+        const auto v = load<decltype(zero)>(c + j);
+        most.see(v);
+        minus_least.see(-v);
+      });
     }
-    low = -largest_lane<scalar>(-least);
-    high = largest_lane<scalar>(most);
+    low = -minus_least.result();
+    high = most.result();
+  }
+
+  // unit = tokens / their norms
+  void normalise() {
+    const int64_t wide = padded<scalar>(width);
+    for (int64_t i = 0; i < padded_rows(count); ++i)
+      for (int64_t k = 0; k < wide; k += V::lanes) store(unit + i * wide + k, scale[i] * load<full>(points + i * wide + k));
   }
 
   scalar threshold(double share) const { return low + scalar(share) * (high - low); }
@@ -80,10 +97,9 @@ class Space {
     const scalar t = threshold(share);
     for (int64_t i = 0; i < count; ++i) {
       scalar* c = cost + i * stride;
-      for (int64_t j = 0; j < stride; j += V::lanes) {
-        const full v = load<full>(c + j) - t;
-        store(c + j, v > 0 ? v : full{});
-      }
+      for_columns<scalar>(count, [&](auto zero, int64_t j) HELO_FAST_LAMBDA {
+        store(c + j, larger_of(load<decltype(zero)>(c + j) - t, zero));
+      });
       for (int64_t j = count; j < stride; ++j) c[j] = 0;
     }
   }
@@ -96,41 +112,60 @@ class Space {
   }
 
   double mean() const {
-    double total = 0;
-    for (int64_t i = 0; i < count; ++i) {
-      full sum = {};
-      for (int64_t j = 0; j < stride; j += V::lanes) sum += load<full>(cost + i * stride + j);
-      total += sum_lanes<scalar>(sum);
-    }
-    return total / (double(count) * double(count));
+    Sum<scalar> total;
+    for (int64_t i = 0; i < count; ++i)
+      for_columns<scalar>(count, [&](auto zero, int64_t j) HELO_FAST_LAMBDA { total.see(load<decltype(zero)>(cost + i * stride + j)); });
+    return double(total.result()) / (double(count) * double(count));
   }
 
   int64_t size, width, count = 0, stride = 0;
   int64_t* where;      // [count]
   scalar *mass;        // [stride]
   scalar *cost;        // [count, stride]
-  scalar *unit, *norm; // [padded_rows(count), padded(width)], [padded_rows(count)]: tokens only
+  // Of tokens only, in whole blocks of rows, where the last is repeated:
+  const scalar* points;  // [padded_rows(count), padded(width)]: the tokens, where they lie or in unit
+  scalar *unit;          // as points
+  scalar *norm, *scale;  // [padded_rows(count)]; 1 / the floored norm
   scalar low = 0, high = 0;
+
+ private:
+  void find_points(const scalar* tokens) {
+    const int64_t wide = padded<scalar>(width), rows = padded_rows(count);
+    points = tokens;
+    if (count == size && rows == size && wide == width) return;
+    points = unit;
+    for (int64_t i = 0; i < rows; ++i) {
+      const scalar* from = tokens + where[i < count ? i : count - 1] * width;
+      for (int64_t k = 0; k < width; ++k) unit[i * wide + k] = from[k];
+      for (int64_t k = width; k < wide; ++k) unit[i * wide + k] = 0;
+    }
+  }
 };
 
 // cost [n, m] = 1 - cos of the tokens of two spaces, 0 in the padding of its columns.
 template <typename scalar>
 void cross_costs(const Space<scalar>& x, const Space<scalar>& y, scalar* cost) {
-  inner_products(x.unit, y.unit, padded_rows(x.count), padded_rows(y.count), padded<scalar>(x.width), cost, y.stride);
+  inner_products(x.points, y.points, padded_rows(x.count), padded_rows(y.count), padded<scalar>(x.width), cost, y.stride);
   for (int64_t i = 0; i < x.count; ++i)
-    for (int64_t j = 0; j < y.stride; ++j) cost[i * y.stride + j] = j < y.count ? 1 - cost[i * y.stride + j] : 0;
+    for (int64_t j = 0; j < y.stride; ++j) {
+      scalar* c = cost + i * y.stride + j;
+      *c = j < y.count ? cosine_cost(*c, x.scale[i] * y.scale[j]) : 0;
+    }
 }
 
-// sums[j] += sum_i weights[i] matrix_ij, and the same of the squares.
+// sums[j] += sum_i weights[i] matrix_ij, and the same of the squares; matrix [count, count].
 template <typename scalar>
-void weigh_rows(
-    const scalar* matrix, int64_t stride, const scalar* weights, int64_t rows, scalar* __restrict sums, scalar* __restrict squares) {
-  for (int64_t i = 0; i < rows; ++i)
-    for (int64_t j = 0; j < stride; ++j) {
-      const scalar v = matrix[i * stride + j];
-      sums[j] += weights[i] * v;
-      squares[j] += weights[i] * v * v;
+void weigh_rows(const scalar* matrix, int64_t stride, const scalar* weights, int64_t count, scalar* sums, scalar* squares) {
+  for_columns<scalar>(count, [&](auto zero, int64_t j) HELO_FAST_LAMBDA {
+    auto sum = load<decltype(zero)>(sums + j), square = load<decltype(zero)>(squares + j);
+    for (int64_t i = 0; i < count; ++i) {
+      const auto v = load<decltype(zero)>(matrix + i * stride + j), weighed = weights[i] * v;
+      sum += weighed;
+      square += weighed * v;
     }
+    store(sums + j, sum);
+    store(squares + j, square);
+  });
 }
 
 }  // namespace HELO_FAST_SET

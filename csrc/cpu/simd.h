@@ -137,6 +137,12 @@ HELO_FAST_INLINE typename Vectors<scalar>::full exp_of_nonpositive(typename Vect
 inline float exp_vectorised(float x) { return exp_of<float, uint32_t>(x); }
 inline double exp_vectorised(double x) { return exp_of<double, uint64_t>(x); }
 HELO_FAST_INLINE Vectors<float>::full exp_vectorised(Vectors<float>::full x) { return exp_of<float, Vectors<float>::unsigned_words>(x); }
+#if HELO_FAST_VECTOR_BYTES > 16
+HELO_FAST_INLINE Vectors<float>::piece exp_vectorised(Vectors<float>::piece x) {
+  typedef uint32_t words __attribute__((vector_size(16)));
+  return exp_of<float, words>(x);
+}
+#endif
 HELO_FAST_INLINE Vectors<double>::full exp_vectorised(Vectors<double>::full x) { return exp_of<double, Vectors<double>::unsigned_words>(x); }
 
 // exp of arguments in double: a float argument of -28, half a unit in its last place off, would put e^-28 off by eight.
@@ -194,6 +200,9 @@ struct Pieces {
     full x[count];
 #pragma GCC unroll 4
     for (int64_t p = 0; p < count; ++p) x[p] = load<full>(vectors + p * lanes);
+    return piece_sums(x);
+  }
+  static HELO_FAST_INLINE full piece_sums(const full* x) {
     const auto all = std::make_index_sequence<lanes>();
     if constexpr (count == 1) {
       return x[0];
@@ -256,6 +265,20 @@ struct Pieces {
     }
   }
 
+  // Piece p: lane p of it, in all lanes.
+  static full diagonal(full x) {
+    static_assert(count == width, "as many pieces as lanes in one");
+    return shuffle_diagonal(x, std::make_index_sequence<lanes>());
+  }
+
+  // Lane k: the sum of the lanes of x[k].
+  static HELO_FAST_INLINE full lane_sums(const full* x) {
+    full sums[count];
+#pragma GCC unroll 4
+    for (int64_t p = 0; p < count; ++p) sums[p] = transposed_sums(x + p * width);
+    return piece_sums(sums);
+  }
+
  private:
   // Within each piece of (x, y): from[lane], counting y's lanes after x's.
   template <int... from, size_t... i>
@@ -267,6 +290,10 @@ struct Pieces {
     constexpr int table[] = {from...};
     const int lane = table[i % width];
     return int(i / width * width + lane % width + lane / width * lanes);
+  }
+  template <size_t... i>
+  static full shuffle_diagonal(full x, std::index_sequence<i...>) {
+    return __builtin_shufflevector(x, x, int(i / width * width + i / width)...);
   }
   // Whole pieces of (x, y).
   template <int... from, size_t... i>
