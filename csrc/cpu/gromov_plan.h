@@ -369,7 +369,7 @@ class PlanSolver {
   }
 
   int64_t n_ = 0, m_ = 0, np_ = 0, mp_ = 0;  // padded
-  int64_t whole_ = 0;                        // columns in whole vectors;
+  int64_t whole_ = 0;                        // columns in whole vectors
   bool tail_ = false;                        // whether a tail comes after them
   int64_t base_ = 1;                         // the step of psi and g
   bool K_of_first_ = false;                  // K stands in A
@@ -377,7 +377,7 @@ class PlanSolver {
   bool uneven_b_ = false;                    // b spans more than the safe range
   scalar largest_b_ = 0;
   scalar *N_, *A_, *K_;                                                        // [np, mp]; of A and K see at()
-  scalar *a_, *z_, *row_pad_;                                       // [np]
+  scalar *a_, *z_, *row_pad_;                                                  // [np]
   scalar *b_, *u_, *next_u_, *col_sum_, *last_sum_, *first_sum_, *col_pad_, *top_;  // [mp]; sums K' z of this step, the last, the first
   double *phi_, *alpha_;                                                       // [n]
   double *psi_, *g_, *log_u_, *beta_, *log_top_, *total_;                      // [m]
