@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from helo_fast import _registry
+from helo_fast._allocator import keep_freed_memory
 from helo_fast.testing import assert_close
 
 from . import harness
@@ -55,6 +56,12 @@ BY_SIZE = [
     if batch not in BATCHES["cpu"] or member == "compile"
 ]
 PRODUCT = [(Product(device=device), "torch") for device in harness.DEVICES]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def as_training_runs():
+    """Every member alike. The last file of the run, as there is no way back."""
+    keep_freed_memory()
 
 
 def step_for(case: Case, member: str, **overrides) -> TrainingStep:

@@ -293,6 +293,32 @@ def test_bfloat16_autocast(preset):
     assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
 
 
+@pytest.mark.parametrize("preset", PRESETS)
+def test_bfloat16_learns_as_float32(preset):
+    """The loss curve under autocast lies nearer to float32's, of the same masks, than another seed's curve does."""
+
+    def curve(seed, half):
+        model, inputs = build(preset, rng="philox").train(), batch(64)
+        torch.manual_seed(seed)  # of the masks
+        optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
+        model.fit_correlation(inputs[-1])
+        losses = []
+        for _ in range(40):
+            with torch.autocast("cpu", torch.bfloat16, enabled=half):
+                loss, parts = model.loss(*inputs)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            losses.append(parts["kl"].item() / 64)
+        assert all(p.dtype == torch.float32 and p.grad.dtype == torch.float32 for p in model.parameters() if p.grad is not None)
+        return torch.tensor(losses)
+
+    exact, half, other = curve(0, False), curve(0, True), curve(1, False)
+    assert exact[-10:].mean() < 0.9 * exact[:5].mean()  # it learns
+    assert (half - exact).abs().mean() < (other - exact).abs().mean()
+    assert abs(half[-10:].mean() - exact[-10:].mean()) < 0.05 * exact[-10:].mean()
+
+
 @pytest.mark.parametrize("training", [False, True])
 @pytest.mark.parametrize("preset", PRESETS)
 def test_compiles_to_one_graph(preset, training):

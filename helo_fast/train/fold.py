@@ -19,6 +19,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor
 
+from helo_fast._allocator import keep_freed_memory
 from helo_fast.train.baselines import BASELINES
 from helo_fast.train.callbacks import (
     AtomicCheckpoints,
@@ -86,6 +87,7 @@ def train_fold(
         ``model.safetensors``, ``history.csv``, ``predictions.csv`` and ``arrays.npz`` (mean transport plan of the test
         rows, learned and data label correlation).
     """
+    keep_freed_memory()
     folder = fold_folder(cli.config.out, data.seed, fold)
     quiet_lightning()
     first = rank_zero_only.rank == 0
