@@ -103,8 +103,8 @@ def measure(bench, case, member):
     else:
         truth = zip(answer(case, "eager", torch.float64), answer(case, "eager" + (HALF if half else "")))
         for what, actual, (exact, eager) in zip(("loss", "gradient"), answer(case, member), truth):
-            if half and what == "loss":  # one number, of which eager's error may be next to nothing by chance
-                torch.testing.assert_close(actual.double(), exact, rtol=2**-8, atol=0)
+            if what == "loss":  # one number, of which eager's error may be next to nothing by chance: the gradients hold the bound
+                torch.testing.assert_close(actual.double(), exact, rtol=2**-8 if half else 1e-6, atol=0)
             else:
                 assert_close(actual, exact, eager, what=f"{member} {what}")
     bench.weigh(case.preset, member, case.batch)

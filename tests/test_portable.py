@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,7 @@ from helo_fast.testing import SINKHORN_CASES, assert_close
 
 ROOT = Path(__file__).resolve().parents[1]
 SOURCES = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "csrc/ops.cpp", *(ROOT / "csrc" / "cpu").glob("*.cpp")))
+DRIVER = "tests/portable/sinkhorn.cpp"
 COMPILERS = ("clang++", "aarch64-linux-gnu-g++")
 STRICT = ("-O3", "-std=c++17", "-fPIC", "-Wall", "-Wextra", "-Werror")
 
@@ -35,21 +37,36 @@ def includes():
     return ["-Icsrc", *(flag for path in paths for flag in ("-isystem", path)), f"-DTORCH_TARGET_VERSION={(2 << 56) | (10 << 48)}ULL"]
 
 
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory):
+    """compiled(compiler, source): the path of what it became. The compilers run side by side, from the first question on, the longest
+    first. DRIVER becomes a program: it needs no torch, so that it runs under an emulator."""
+    folder = tmp_path_factory.mktemp("compiled")
+
+    def run(compiler, source):
+        target = str(folder / f"{compiler}-{Path(source).stem}{'-program' if source == DRIVER else '.o'}")
+        options = ("-static", "-Icsrc") if source == DRIVER else (*includes(), "-c")
+        done = subprocess.run((compiler, *STRICT, *options, source, "-o", target), cwd=ROOT, capture_output=True, text=True)
+        return target, done
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        sources = sorted((*SOURCES, DRIVER), key=lambda source: "sinkhorn" not in source)
+        asked = {(c, s): pool.submit(run, c, s) for c in reversed(COMPILERS) if shutil.which(c) for s in sources}
+
+        def result(compiler, source):
+            target, done = asked[compiler, source].result()
+            assert done.returncode == 0, done.stderr[-3000:]
+            return target
+
+        yield result
+        pool.shutdown(cancel_futures=True)
+
+
 @pytest.mark.parametrize("source", SOURCES)
 @pytest.mark.parametrize("compiler", COMPILERS)
-def test_compiles_without_a_warning(compiler, source, tmp_path):
+def test_compiles_without_a_warning(compiler, source, compiled):
     needs(compiler)
-    command = (compiler, *STRICT, *includes(), "-c", source, "-o", str(tmp_path / "out.o"))
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
-
-
-def driver(compiler, folder):
-    """tests/portable/sinkhorn.cpp, compiled: it needs no torch, so that it runs under an emulator."""
-    command = (compiler, *STRICT, "-static", "-Icsrc", "tests/portable/sinkhorn.cpp", "-o", str(folder / "sinkhorn"))
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return str(folder / "sinkhorn")
+    compiled(compiler, source)
 
 
 def solve(command, cost, a, b, epsilon, max_iter, taus):
@@ -65,12 +82,12 @@ def solve(command, cost, a, b, epsilon, max_iter, taus):
 
 
 @pytest.mark.parametrize("compiler", ("aarch64-linux-gnu-g++", "clang++"))
-def test_same_numbers_elsewhere(compiler, tmp_path):
+def test_same_numbers_elsewhere(compiler, compiled):
     """AArch64 runs under qemu; every width of vectors, also those that the processor has to put together."""
     needs(compiler)
     emulator = ("qemu-aarch64-static",) if compiler.startswith("aarch64") else ()
     needs(*emulator)
-    program = driver(compiler, tmp_path)
+    program = compiled(compiler, DRIVER)
     widths = ("16", "32", "64") if emulator else ("16",)  # what this processor lacks would be an illegal instruction
     for name in ("rectangular", "square", "tiny_epsilon", "unbalanced_tiny_epsilon", "zero_mass", "large_cost", "one_by_one"):
         for dtype in (torch.float32, torch.float64):
