@@ -115,6 +115,26 @@ def test_both_transformer_orders_compute_the_same(monkeypatch):
     torch.testing.assert_close(at_once, one_after_the_other)
 
 
+@pytest.mark.parametrize("count", [None, 3])
+def test_linear_maps_of_tokens_need_no_tokens(count):
+    encoder, linear = layers.Encoder(5, 16, count).double(), torch.nn.Linear(16, 16, bias=False).double()
+    features, parameters = torch.randn(40, 5, dtype=torch.float64), [*encoder.parameters(), *linear.parameters()]
+
+    def through(rows):
+        encoded = layers.Encoded(encoder, features[:rows])
+        result = encoded.through(linear)
+        return encoded, result, torch.autograd.grad(result.square().sum(), parameters)
+
+    with helo_fast.backend("eager"):
+        encoded, expected, gradients = through(40)
+    assert encoded._tokens is not None and torch.equal(expected, linear(encoder(features)))
+    encoded, composed, composed_gradients = through(40)
+    assert encoded._tokens is None
+    torch.testing.assert_close(composed, expected)
+    torch.testing.assert_close(composed_gradients, gradients)
+    assert through(4)[0]._tokens is not None  # too few rows for the product of the matrices to pay
+
+
 def test_the_residual_connection_is_the_same_in_both_orders():
     """Away from the released order the operator runs, its mask from Philox; in that order torch's own layers."""
     torch.manual_seed(0)

@@ -107,6 +107,12 @@ def test_opcheck(backend, dtype, p):
     torch.library.opcheck(torch.ops.helo_fast.residual_norm_bwd.default, backward)
 
 
+@pytest.mark.parametrize("seed, p", [(None, 0.5), (torch.tensor(3), 0.0)])
+def test_the_op_wants_a_seed_where_it_draws(seed, p):
+    with pytest.raises(ValueError, match="a seed goes with a dropout_p above 0"):
+        torch.ops.helo_fast.residual_norm_fwd(*(t.detach() for t in make()), seed, p, 1e-5, "")
+
+
 def test_compiles_to_one_graph(backend):
     torch._dynamo.reset()
     compiled = torch.compile(

@@ -3,14 +3,7 @@
 
 #include <cstdint>
 
-enum class Storage { float64, float32, float16, bfloat16 };
-
-// A [B, H, rows, columns] tensor. Strides count elements; they are 0 along what is broadcast.
-struct View {
-  unsigned char* data;  // null where there is none
-  Storage storage;
-  int64_t batch, head, row, column;
-};
+#include "view.h"
 
 struct AttentionArguments {
   int64_t B, H, n, m, d;

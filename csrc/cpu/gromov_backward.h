@@ -148,8 +148,8 @@ class GromovBackward {
     if (!of_ends) {
       double sums[3];
       measure(side, gradient, sums);
-      own[0] = (1 - s_.threshold) * sums[0] / larger(sums[1], 1);
-      own[1] = s_.threshold * sums[0] / larger(sums[2], 1);
+      own[0] = (1 - s_.threshold) * sums[0] / larger(sums[1], 1.0);
+      own[1] = s_.threshold * sums[0] / larger(sums[2], 1.0);
       of_ends = own;
     }
     const scalar at_low = scalar(of_ends[0]), at_high = scalar(of_ends[1]);

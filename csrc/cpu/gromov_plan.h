@@ -17,7 +17,6 @@
 namespace {
 namespace HELO_FAST_SET {
 
-inline double larger(double x, double y) { return x > y ? x : y; }
 
 template <typename scalar>
 class PlanSolver {
@@ -76,7 +75,7 @@ class PlanSolver {
         using vector = decltype(zero);
         const vector v = load<vector>(N + j) - row_top;
         store(N + j, v);
-        store(top_ + j, larger_of(v, load<vector>(top_ + j)));
+        store(top_ + j, larger(v, load<vector>(top_ + j)));
       });
     }
     const scalar scale = scalar(per_epsilon);
@@ -85,7 +84,7 @@ class PlanSolver {
         using vector = decltype(zero);
         scalar* N = N_ + i * mp_ + j;
         const vector v = (load<vector>(N) - load<vector>(top_ + j)) * scale - kLarge * load<vector>(col_pad_ + j);
-        store(N, larger_of(v, zero - kLarge));
+        store(N, larger(v, zero - kLarge));
       });
     for (int64_t j = 0; j < m_; ++j) log_u_[j] = (double(top_[j]) - double(column_weight) * columns[j]) * per_epsilon;
   }
@@ -110,7 +109,7 @@ class PlanSolver {
         using vector = decltype(zero);
         const vector T = z_[i] * load<vector>(at<vector>(K, i, j)) * load<vector>(next_u_ + j);
         const vector d = T - load<vector>(plan + i * mp_ + j);
-        moved.see(larger_of(d, -d));
+        moved.see(larger(d, -d));
         store(plan + i * mp_ + j, T);
       });
     return moved.result();

@@ -100,9 +100,6 @@ inline void sum_four(
   }
 }
 
-template <typename vector>
-HELO_FAST_INLINE vector larger_of(vector x, vector y) { return x > y ? x : y; }
-
 // The sum or the largest of the lanes of `lanes` of them, by halving down to `least`.
 template <bool sum, typename scalar, int lanes, int least, int... I>
 HELO_FAST_INLINE typename Pack<scalar, least>::type fold(typename Pack<scalar, lanes>::type v, std::integer_sequence<int, I...>) {
@@ -111,7 +108,7 @@ HELO_FAST_INLINE typename Pack<scalar, least>::type fold(typename Pack<scalar, l
   } else {
     constexpr int half = lanes / 2;
     const auto low = __builtin_shufflevector(v, v, I...), high = __builtin_shufflevector(v, v, (I + half)...);
-    return fold<sum, scalar, half, least>(sum ? low + high : larger_of(low, high), std::make_integer_sequence<int, half / 2>());
+    return fold<sum, scalar, half, least>(sum ? low + high : larger(low, high), std::make_integer_sequence<int, half / 2>());
   }
 }
 
@@ -125,14 +122,14 @@ class Fold {
   template <typename vector>
   HELO_FAST_INLINE void see(vector v) {
     if constexpr (sizeof v == sizeof whole_)
-      whole_ = sum ? whole_ + v : larger_of(v, whole_);
+      whole_ = sum ? whole_ + v : larger(v, whole_);
     else
-      tail_ = sum ? tail_ + v : larger_of(v, tail_);
+      tail_ = sum ? tail_ + v : larger(v, tail_);
   }
   HELO_FAST_INLINE piece to_piece() const {
     constexpr int lanes = Vectors<scalar>::lanes, width = Pieces<scalar>::width;
     const piece v = fold<sum, scalar, lanes, width>(whole_, std::make_integer_sequence<int, lanes / 2>());
-    return kTail<scalar> == 0 ? v : sum ? v + tail_ : larger_of(v, tail_);
+    return kTail<scalar> == 0 ? v : sum ? v + tail_ : larger(v, tail_);
   }
   HELO_FAST_INLINE scalar result() const {
     constexpr int width = Pieces<scalar>::width;

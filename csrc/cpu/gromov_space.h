@@ -98,7 +98,7 @@ class Space {
     for (int64_t i = 0; i < count; ++i) {
       scalar* c = cost + i * stride;
       for_columns<scalar>(count, [&](auto zero, int64_t j) HELO_FAST_LAMBDA {
-        store(c + j, larger_of(load<decltype(zero)>(c + j) - t, zero));
+        store(c + j, larger(load<decltype(zero)>(c + j) - t, zero));
       });
       for (int64_t j = count; j < stride; ++j) c[j] = 0;
     }

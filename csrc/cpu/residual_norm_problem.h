@@ -3,7 +3,7 @@
 
 #include <cstdint>
 
-#include "attention_problem.h"  // View
+#include "view.h"
 
 // Every tensor is [rows, width] with adjacent columns, but weight and bias, [1, width]; mean and rstd are [rows], in the compute dtype.
 struct ResidualNormArguments {

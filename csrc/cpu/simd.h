@@ -1,4 +1,5 @@
-// Vectors for one instruction set, by the compilers' vector extensions (GCC and clang, any processor): no intrinsics.
+// Vectors for one instruction set, by the compilers' vector extensions (GCC and clang, any processor); intrinsics stand here alone, for
+// the few instructions that compilers do not find.
 //
 // Included once per instruction set by each_set.h, which defines HELO_FAST_SET (a namespace) and HELO_FAST_VECTOR_BYTES: so it has
 // no include guard, and neither have the kernels on it.
@@ -79,13 +80,11 @@ struct Exponential<double> {
       1.0 / 5040.0,       1.0 / 720.0,       1.0 / 120.0,      1.0 / 24.0,      1.0 / 6.0,      0.5};
 };
 
-// exp, scalar or vector, without branches; 0 below the normal numbers, infinity near the largest and above. 2 ulp.
-// x = k ln 2 + r: 2^k goes into the exponent, e^r is a polynomial; adding and subtracting 1.5 * 2^mantissa rounds to whole k.
+// exp where the power of two is a number, 2 ulp. x = k ln 2 + r: 2^k goes into the exponent, e^r is a polynomial; adding and
+// subtracting 1.5 * 2^mantissa rounds to whole k.
 template <typename scalar, typename words, typename number>
-HELO_FAST_INLINE number exp_of(number x) {
+HELO_FAST_INLINE number exp_within(number within) {
   using E = Exponential<scalar>;
-  const number high = x > E::highest ? number{} + E::highest : x;
-  const number within = high < E::lowest ? number{} + E::lowest : high;
   const number shifted = within * E::per_log2 + E::whole;
   const number k = shifted - E::whole;
   const number r = (within - k * E::log2_high) - k * E::log2_low;
@@ -93,12 +92,26 @@ HELO_FAST_INLINE number exp_of(number x) {
 #pragma GCC unroll 16
   for (size_t i = 2; i < sizeof(E::terms) / sizeof(scalar); ++i) p = p * r + E::terms[i];
   p = (p * r) * r + r + scalar(1);
-  const number scale = bits<number>((bits<words>(shifted) << E::mantissa) + E::one);
-  return x < E::lowest ? number{} : p * scale;
+  return p * bits<number>((bits<words>(shifted) << E::mantissa) + E::one);
 }
 
-// x > y ? x : y and x < y ? x : y, y where one is NaN. GCC makes two instructions of the expression and one of these (without the
-// mask, which it drops, GCC 12 warns of its own header).
+// exp, scalar or vector, without branches; 0 below the normal numbers, infinity near the largest and above. 2 ulp.
+template <typename scalar, typename words, typename number>
+HELO_FAST_INLINE number exp_of(number x) {
+  using E = Exponential<scalar>;
+  const number high = x > E::highest ? number{} + E::highest : x;
+  const number within = high < E::lowest ? number{} + E::lowest : high;
+  return x < E::lowest ? number{} : exp_within<scalar, words>(within);
+}
+
+// The larger and the smaller of scalars or vectors, y where one is NaN.
+template <typename number>
+HELO_FAST_INLINE number larger(number x, number y) { return x > y ? x : y; }
+template <typename number>
+HELO_FAST_INLINE number smaller(number x, number y) { return x < y ? x : y; }
+
+// GCC makes two instructions of these expressions of full vectors, and one of the intrinsics (without the mask, which it drops, GCC 12
+// warns of its own header).
 #if defined(__x86_64__) && HELO_FAST_VECTOR_BYTES == 64
 HELO_FAST_INLINE Vectors<float>::full larger(Vectors<float>::full x, Vectors<float>::full y) { return _mm512_maskz_max_ps(0xffff, x, y); }
 HELO_FAST_INLINE Vectors<float>::full smaller(Vectors<float>::full x, Vectors<float>::full y) { return _mm512_maskz_min_ps(0xffff, x, y); }
@@ -109,29 +122,15 @@ HELO_FAST_INLINE Vectors<float>::full larger(Vectors<float>::full x, Vectors<flo
 HELO_FAST_INLINE Vectors<float>::full smaller(Vectors<float>::full x, Vectors<float>::full y) { return _mm256_min_ps(x, y); }
 HELO_FAST_INLINE Vectors<double>::full larger(Vectors<double>::full x, Vectors<double>::full y) { return _mm256_max_pd(x, y); }
 HELO_FAST_INLINE Vectors<double>::full smaller(Vectors<double>::full x, Vectors<double>::full y) { return _mm256_min_pd(x, y); }
-#else
-template <typename full>
-HELO_FAST_INLINE full larger(full x, full y) { return x > y ? x : y; }
-template <typename full>
-HELO_FAST_INLINE full smaller(full x, full y) { return x < y ? x : y; }
 #endif
 
 // exp of a vector of numbers that are at most about 0, or NaN; 0 below the normal numbers. What is below 2^-127 is taken for that,
 // whose power of two has the bits of 0.
 template <typename scalar>
 HELO_FAST_INLINE typename Vectors<scalar>::full exp_of_nonpositive(typename Vectors<scalar>::full x) {
-  using E = Exponential<scalar>;
   using full = typename Vectors<scalar>::full;
   constexpr double least = sizeof(scalar) == 4 ? -127 * 0.6931471805599453 : -1023 * 0.6931471805599453;
-  const full within = larger(full{} + scalar(least), x);
-  const full shifted = within * E::per_log2 + E::whole;
-  const full k = shifted - E::whole;
-  const full r = (within - k * E::log2_high) - k * E::log2_low;
-  full p = r * E::terms[0] + E::terms[1];
-#pragma GCC unroll 16
-  for (size_t i = 2; i < sizeof(E::terms) / sizeof(scalar); ++i) p = p * r + E::terms[i];
-  p = (p * r) * r + r + scalar(1);
-  return p * bits<full>((bits<typename Vectors<scalar>::unsigned_words>(shifted) << E::mantissa) + E::one);
+  return exp_within<scalar, typename Vectors<scalar>::unsigned_words>(larger(full{} + scalar(least), x));
 }
 
 inline float exp_vectorised(float x) { return exp_of<float, uint32_t>(x); }

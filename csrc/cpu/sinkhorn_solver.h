@@ -302,8 +302,6 @@ class SinkhornSolver {
     for (int64_t i = 0; i < np_; ++i) u_[i] = 1;
   }
 
-  static double larger(double x, double y) { return x > y ? x : y; }
-
   // Potentials in units of epsilon: alpha_ of f (by slot), beta_ of g.
   void take_potentials() {
     for (int64_t i = 0; i < np_; ++i) alpha_[i] = phi_[i] + log_vectorised(double(u_[i])) - log_a_[i];

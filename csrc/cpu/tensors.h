@@ -4,7 +4,7 @@
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 
-#include "attention_problem.h"
+#include "view.h"
 
 inline Storage storage(const torch::stable::Tensor& t) {
   using torch::headeronly::ScalarType;

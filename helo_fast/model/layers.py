@@ -52,19 +52,23 @@ class Encoder(nn.Linear):
 
 
 class Encoded:
-    """The tokens encoder(features), and linear maps of them."""
+    """The tokens encoder(features), made once and only if asked for, and linear maps of them."""
 
     def __init__(self, encoder: Encoder, features: Tensor):
         self.encoder, self.features = encoder, features
+        self._tokens: Tensor | None = None
 
     def tokens(self) -> Tensor:
-        return self.encoder(self.features)
+        if self._tokens is None:
+            self._tokens = self.encoder(self.features)
+        return self._tokens
 
     def through(self, linear: nn.Linear) -> Tensor:
         """linear(tokens()); by the product of the two matrices where that is less work, and not on the eager back end, the reference."""
         encoder = self.encoder
         if not torch.compiler.is_compiling():  # a compiled graph serves every batch size, and cannot see which back end is in force
-            if _registry.requested(None) == "eager" or self.features.shape[:-1].numel() < encoder.in_features:
+            rows, width = self.features.shape[:-1].numel(), encoder.shape[-1]
+            if _registry.requested(None) == "eager" or rows * width <= (rows + width) * encoder.in_features:
                 return linear(self.tokens())
         weight, bias = (t.unflatten(0, encoder.shape) for t in (encoder.weight, encoder.bias))  # [.., D, in_features], [.., D]
         weight, bias = linear.weight @ weight, F.linear(bias, linear.weight, linear.bias)

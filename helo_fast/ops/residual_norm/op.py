@@ -11,6 +11,7 @@ import torch
 
 from ... import _registry
 from .. import _library
+from ..attention import philox
 from ..attention.reference import compute_dtype
 from . import backends as _backends  # noqa: F401  (registers the adapters)
 
@@ -24,9 +25,15 @@ _library.define(
 )
 
 
+def _kernel(name, x, seed, dropout_p, backend):
+    if (seed is None) != (philox.dropout_threshold(dropout_p) == 0):
+        raise ValueError(f"residual_norm: a seed goes with a dropout_p above 0 and with no other, got {dropout_p}; give both or neither")
+    return _registry.resolve("residual_norm", x, backend).kernels[name]
+
+
 @_library.implement("residual_norm_fwd")
 def _fwd(x, y, weight, bias, seed, dropout_p, eps, backend):
-    kernel = _registry.resolve("residual_norm", x, backend).kernels["fwd"]
+    kernel = _kernel("fwd", x, seed, dropout_p, backend)
     return _library.without_autocast(kernel, x, y, weight, bias, seed, dropout_p, eps)
 
 
@@ -38,7 +45,7 @@ def _fwd_fake(x, y, weight, bias, seed, dropout_p, eps, backend):
 
 @_library.implement("residual_norm_bwd")
 def _bwd(grad_out, x, y, weight, mean, rstd, seed, dropout_p, backend):
-    kernel = _registry.resolve("residual_norm", x, backend).kernels["bwd"]
+    kernel = _kernel("bwd", x, seed, dropout_p, backend)
     dx, dy, dweight, dbias = _library.without_autocast(kernel, grad_out, x, y, weight, mean, rstd, seed, dropout_p)
     return dx, y.new_empty(0) if dy is None else dy, dweight, dbias  # a schema has no optional results
 
