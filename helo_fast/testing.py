@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -45,6 +46,20 @@ def layouts(tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
     flat = tensor.new_full((tensor.numel() + 3,), float("nan"))
     flat[3:] = tensor.reshape(-1)
     yield "offset", flat[3:].view(tensor.shape)
+
+
+@contextlib.contextmanager
+def poisoned_memory(device: str = "cpu") -> Iterator[None]:
+    """Inside, torch.empty gives NaN and the largest integers: an output that is not written in full shows."""
+    before = torch.are_deterministic_algorithms_enabled(), torch.utils.deterministic.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    try:
+        assert torch.empty(3, device=device).isnan().all()
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before[0])
+        torch.utils.deterministic.fill_uninitialized_memory = before[1]
 
 
 def _problem(

@@ -15,11 +15,14 @@ Offsets into tensors are 64-bit.
 from __future__ import annotations
 
 import contextlib
+import itertools
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from .variant import Variant
 
 FOLD = tl.constexpr(4)
 SMALLEST_BLOCK = 16
@@ -224,3 +227,22 @@ def sinkhorn_fwd(
             **compiler_options(BLOCK_N, BLOCK_M, cost.dtype),
         )
     return outputs
+
+
+def variants() -> list[Variant]:
+    """Every compilation that a launch may ask for."""
+    names = _sinkhorn_fwd_kernel.arg_names
+    outputs = names[: names.index("cost_stride_b")]
+    found = []
+    for dtype, BLOCK_N, BLOCK_M in itertools.product(LARGEST_TILE, *[[16, 32, 64, 128]] * 2):
+        if BLOCK_N * BLOCK_M <= LARGEST_TILE[dtype]:
+            found.append(
+                Variant(
+                    f"{str(dtype).removeprefix('torch.')} {BLOCK_N} x {BLOCK_M}",
+                    _sinkhorn_fwd_kernel,
+                    dict.fromkeys(outputs, dtype) | {"n_iter": torch.int32},
+                    {"BLOCK_N": BLOCK_N, "BLOCK_M": BLOCK_M, "a_stride_n": 1, "b_stride_m": 1},
+                    compiler_options(BLOCK_N, BLOCK_M, dtype),
+                )
+            )
+    return found

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from helo_fast.ops.attention import lcd_attention, philox
-from helo_fast.testing import assert_close
+from helo_fast.testing import assert_close, poisoned_memory
 
 BACKENDS = ["cpp"]  # what is not the reference; a new back end joins every test here
 DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
@@ -150,15 +150,8 @@ def test_poisoned_memory(backend, bias):
     """What is allocated without being cleared starts as NaN here, and does not show."""
     inputs, grad_out = make(3, 2, 5, 70, 7, bias, True, torch.float32)
     expected = results(inputs, grad_out, backend, **P)
-    before = torch.are_deterministic_algorithms_enabled(), torch.utils.deterministic.fill_uninitialized_memory
-    torch.use_deterministic_algorithms(True)
-    torch.utils.deterministic.fill_uninitialized_memory = True
-    try:
-        assert torch.empty(2).isnan().all()
+    with poisoned_memory():
         assert all(map(torch.equal, expected, results(inputs, grad_out, backend, **P)))
-    finally:
-        torch.use_deterministic_algorithms(before[0])
-        torch.utils.deterministic.fill_uninitialized_memory = before[1]
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, -1e12, -3e38])

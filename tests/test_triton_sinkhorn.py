@@ -1,0 +1,119 @@
+"""sinkhorn's Triton kernels: values on a GPU or, in a process of its own, under Triton's interpreter (see test_triton.py)."""
+
+import pytest
+import torch
+
+from helo_fast import _registry, sinkhorn
+from helo_fast.testing import SINKHORN_CASES, assert_close, layouts, poisoned_memory
+
+DTYPES = (torch.float32, torch.float64)
+VALUES = ("plan", "f", "g", "transport_cost", "marginal_error")
+CASES = [case for case in SINKHORN_CASES if case != "tall"]  # 130 rows are refused: test_kernel_refuses_by_name
+
+
+def arguments_of(case, dtype, device):
+    arguments = SINKHORN_CASES[case](dtype, device)
+    if device == "cpu":  # the interpreter takes milliseconds an iteration
+        arguments["max_iter"] = min(arguments.get("max_iter", 100), 60 if "tol" in arguments else 12)
+    return arguments
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", CASES)
+def test_kernel_values_against_float64(case, dtype, device_for):
+    device = device_for("sinkhorn", "triton")
+    arguments = arguments_of(case, dtype, device)
+    exact_arguments = {k: v.double() if isinstance(v, torch.Tensor) and v.is_floating_point() else v for k, v in arguments.items()}
+    with poisoned_memory(device):
+        actual = sinkhorn(**arguments, backend="triton")
+    eager = sinkhorn(**arguments, backend="eager")
+    exact = sinkhorn(**exact_arguments, backend="eager")
+    for name in VALUES:
+        assert_close(getattr(actual, name), getattr(exact, name), getattr(eager, name), f"{case} {name}")
+    if case in ("zero_mass", "ragged"):
+        assert torch.equal(actual.plan == 0, exact.plan == 0), "no mass is an exact zero"
+    assert actual.n_iter.dtype == torch.int32 and actual.converged.dtype == torch.bool
+    if dtype == torch.float64:
+        assert torch.equal(actual.n_iter, exact.n_iter)
+    else:  # rounding may move the stop by one check
+        assert ((actual.n_iter - exact.n_iter).abs() <= 10).all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_kernel_reads_any_strides(dtype, device_for):
+    arguments = SINKHORN_CASES["rectangular"](dtype, device_for("sinkhorn", "triton"))
+    options = {"max_iter": 5, "backend": "triton"}
+    expected = sinkhorn(**arguments, **options)
+    inputs = [list(layouts(arguments[k])) for k in ("cost", "a", "b")]
+    for (name, cost), (_, a), (_, b) in zip(*inputs):
+        assert torch.allclose(sinkhorn(cost, a, b, **options).plan, expected.plan, atol=1e-7, rtol=0), name
+    cost, a, b = (arguments[k][:1] for k in ("cost", "a", "b"))
+    expanded = sinkhorn(cost.expand(3, -1, -1), a.expand(3, -1), b.expand(3, -1), **options).plan
+    assert torch.allclose(expanded, expected.plan[:1].expand(3, -1, -1), atol=1e-7, rtol=0)
+
+
+def test_kernel_offsets_are_64_bit(device_for, tmp_path):
+    device, stride = device_for("sinkhorn", "triton"), 2**30
+    size = 2 * stride + 4  # 8 GiB, of which three pages are touched
+    if device == "cpu":  # a sparse file takes neither memory nor disk
+        storage = torch.from_file(str(tmp_path / "sparse"), shared=True, size=size, dtype=torch.float32)
+    else:
+        storage = torch.empty(size, device=device)
+    cost = storage.as_strided((1, 3, 4), (0, stride, 1))  # row 2 begins 2**31 entries in
+    cost.copy_(torch.rand(1, 3, 4, generator=torch.Generator().manual_seed(0)))
+    far = sinkhorn(cost, max_iter=5, backend="triton").plan
+    assert torch.equal(far, sinkhorn(cost.clone(), max_iter=5, backend="triton").plan)
+
+
+def test_kernel_solves_each_problem_by_itself(device_for):
+    arguments = arguments_of("until_tolerance", torch.float32, device_for("sinkhorn", "triton"))
+    together = sinkhorn(**arguments, backend="triton")
+    assert together.n_iter.unique().numel() > 1, "the case should stop its problems at different iterations"
+    for i in (0, 5):
+        alone = sinkhorn(**{**arguments, "cost": arguments["cost"][i]}, backend="triton")
+        assert torch.equal(alone.plan, together.plan[i]) and alone.n_iter == together.n_iter[i]
+
+
+def test_kernel_keeps_the_history(device_for):
+    device = device_for("sinkhorn", "triton")
+    arguments = arguments_of("until_tolerance", torch.float64, device)
+    inputs = arguments["cost"], torch.full((6, 20), 1 / 20, device=device).double(), torch.full((6, 16), 1 / 16, device=device).double()
+    options = (arguments["epsilon"], arguments["max_iter"], 1e-3, 10, None, None, "unrolled")
+    with poisoned_memory(device):
+        *_, n_iter, _, history = torch.ops.helo_fast.sinkhorn_fwd(*inputs, *options, "triton")
+    *_, expected = torch.ops.helo_fast.sinkhorn_fwd(*inputs, *options, "eager")
+    ran = torch.arange(arguments["max_iter"], device=device) < n_iter.unsqueeze(-1)
+    assert n_iter.min() < arguments["max_iter"] and torch.allclose(history[ran], expected[ran], atol=1e-12) and (history[~ran] == 0).all()
+
+
+@pytest.mark.parametrize("gradient", ("implicit", "unrolled"))
+def test_kernel_gradients_equal_eager(gradient, device_for):
+    arguments = SINKHORN_CASES["zero_mass"](torch.float64, device_for("sinkhorn", "triton"))
+    gradients = []
+    for backend in ("triton", "eager"):
+        leaves = [arguments[k].clone().requires_grad_() for k in ("cost", "a", "b")]
+        result = sinkhorn(*leaves, max_iter=8, tau_b=1.5, gradient=gradient, backend=backend)
+        result.plan.square().sum().add(result.transport_cost.sum()).backward()
+        gradients.append([leaf.grad for leaf in leaves])
+    for actual, expected in zip(*gradients):
+        assert torch.allclose(actual, expected, atol=1e-10)
+
+
+def test_kernel_refuses_by_name(device_for, monkeypatch):
+    device = device_for("sinkhorn", "triton")
+    for shape, dtype in (((1, 129, 3), torch.float32), ((1, 128, 65), torch.float32), ((1, 64, 65), torch.float64)):
+        cost = torch.rand(shape, dtype=dtype, device=device)
+        with pytest.raises(RuntimeError, match=f"'triton' was asked for and cannot serve.*registers.*got {shape[1]} x {shape[2]}"):
+            sinkhorn(cost, backend="triton")
+        monkeypatch.setitem(_registry._auto, "sinkhorn", {device: ("triton", "eager")})
+        assert _registry.auto_choice("sinkhorn", cost) == "eager"
+    assert _registry.auto_choice("sinkhorn", cost[:, :, :64]) == "triton"
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device, and too many problems for the interpreter")
+def test_batch_beyond_65535():
+    cost = torch.rand(70_001, 2, 3, device="cuda")
+    result = sinkhorn(cost, max_iter=50, backend="triton")
+    assert torch.allclose(result.plan[-2:], sinkhorn(cost[-2:], max_iter=50, backend="eager").plan, atol=1e-6)
+    assert torch.allclose(result.plan.sum(-1), torch.full_like(result.plan.sum(-1), 1 / 2), atol=1e-6)
