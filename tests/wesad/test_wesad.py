@@ -3,8 +3,10 @@
 import inspect
 
 import numpy as np
+import pandas as pd
 import pytest
 
+from helo_fast.train.cli import main
 from helo_fast.train.data import wesad_subject
 from helo_fast.train.data.base import EmotionDataModule
 from helo_fast.train.data.e4 import SubjectError
@@ -111,6 +113,12 @@ def published(request, shared):
     return folder
 
 
+@pytest.fixture(scope="session")
+def features(tmp_path_factory):
+    """Where the features of the published recordings are kept from test to test."""
+    return str(tmp_path_factory.mktemp("features"))
+
+
 def rises(published, subject, offset):
     """Whether heart rate and skin conductance are higher under stress than at baseline."""
     files = wesad_subject.find_files(published, subject, allow_pickle=False)
@@ -132,8 +140,8 @@ def test_stress_shows_at_the_known_offsets_and_not_without(published):
     assert (unmatched.sum(axis=0) <= len(names) // 4).all(), unmatched
 
 
-def test_published_subjects(published, tmp_path):
-    module = WESADData(str(published), subjects=["S2", "S5", "S17"], cache_dir=str(tmp_path))
+def test_published_subjects(published, features):
+    module = WESADData(str(published), subjects=["S2", "S5", "S17"], cache_dir=features)
     got = module.data
     for name in ("S2", "S5", "S17"):
         rows = got.subject == name
@@ -147,3 +155,17 @@ def test_published_subjects(published, tmp_path):
     assert len(np.unique(got.labels, axis=0)) == 15
     rate = got.modalities["ppg"][:, PULSE_FEATURES.index("hr_mean")]
     assert (rate > 45).all() and (rate < 140).all()
+
+
+def test_bfloat16_learns_the_recordings_as_float32_does(published, features, tmp_path):
+    """The loss curves lie nearer to each other, epoch by epoch, than to that of another seed."""
+
+    def curve(name, seed, precision):
+        data = ["--data", "wesad", "--data.root", str(published), "--data.cache_dir", features, "--data.subjects", "[S2,S5,S17]"]
+        run = ["--protocol", "loso", "--folds", "S2", "--seeds", str(seed), "--epochs", "6", "--trainer.precision", precision, "--quiet"]
+        assert main(["train", *data, *run, "--baselines", "false", "--out", str(tmp_path / name)]) == 0
+        return pd.read_csv(tmp_path / name / "folds" / str(seed) / "S2" / "history.csv")["train_loss"].to_numpy()
+
+    exact, half, other = curve("exact", 0, "32-true"), curve("half", 0, "bf16-mixed"), curve("other", 1, "32-true")
+    assert len(exact) == 6 and exact[-1] < 0.9 * exact[0]  # it learns
+    assert 0 < np.abs(half - exact).max() < 0.5 * np.abs(other - exact).min()
