@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from .. import _checks
 from . import checkpoint
 from .config import HeLoConfig
-from .layers import Encoded, Encoder, MultiHeadAttention, TransformerLayer, draws_with_torch, gram, rates, transport, transport_plan
+from .layers import Encoded, Encoder, Linear, MultiHeadAttention, TransformerLayer, draws_with_torch, gram, rates, transport, transport_plan
 
 _NAME = "HeLo"
 _BUFFER = "label_correlation"
@@ -60,7 +60,7 @@ class HeLo(nn.Module):
         self.gsr_encoder = Encoder(config.dim_gsr, width, channels)
         self.ppg_encoder = Encoder(config.dim_ppg, width, channels)
         self.cross_attention = MultiHeadAttention(config, config.heads)
-        self.projection = nn.Linear(width, width)
+        self.projection = Linear(width, width)
         self.behavioral_encoder = Encoder(config.dim_video, width, 2 * channels)
         self.transformer_layer = nn.ModuleList(TransformerLayer(config) for _ in range(config.depth))
         if config.unused_linear:

@@ -10,6 +10,7 @@ from .. import _registry
 from ..ops.attention import reference as attention_reference
 from ..ops.attention.api import lcd_attention
 from ..ops.gromov.api import gromov_from_tokens
+from ..ops.linear import linear, linears
 from ..ops.residual_norm.api import residual_norm
 from ..ops.sinkhorn.api import sinkhorn
 from .config import HeLoConfig
@@ -40,7 +41,14 @@ def rates(config: HeLoConfig, training: bool) -> tuple[float, float]:
     return config.dropkey if training or config.dropkey_in_evaluation else 0.0, config.dropout if training else 0.0
 
 
-class Encoder(nn.Linear):
+class Linear(nn.Linear):
+    """nn.Linear by :func:`helo_fast.ops.linear.linear`."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return linear(x, self.weight, self.bias)
+
+
+class Encoder(Linear):
     """Features [.., in_features] to tokens [.., count, width]; without count, to one token [.., width]."""
 
     def __init__(self, in_features: int, width: int, count: int | None = None):
@@ -63,16 +71,16 @@ class Encoded:
             self._tokens = self.encoder(self.features)
         return self._tokens
 
-    def through(self, linear: nn.Linear) -> Tensor:
-        """linear(tokens()); by the product of the two matrices where that is less work, and not on the eager back end, the reference."""
+    def through(self, *weights: Tensor) -> tuple[Tensor, ...]:
+        """linears(tokens(), *weights); by products of two matrices where that is less work, but on the eager back end, the reference."""
         encoder = self.encoder
         if not torch.compiler.is_compiling():  # a compiled graph serves every batch size, and cannot see which back end is in force
             rows, width = self.features.shape[:-1].numel(), encoder.shape[-1]
             if _registry.requested(None) == "eager" or rows * width <= (rows + width) * encoder.in_features:
-                return linear(self.tokens())
-        weight, bias = (t.unflatten(0, encoder.shape) for t in (encoder.weight, encoder.bias))  # [.., D, in_features], [.., D]
-        weight, bias = linear.weight @ weight, F.linear(bias, linear.weight, linear.bias)
-        return F.linear(self.features, weight.flatten(0, -2), bias.flatten()).unflatten(-1, encoder.shape)
+                return linears(self.tokens(), *weights)
+        inner_weight, inner_bias = (t.unflatten(0, encoder.shape) for t in (encoder.weight, encoder.bias))  # [.., D, in_features], [.., D]
+        composed = (((weight @ inner_weight).flatten(0, -2), F.linear(inner_bias, weight).flatten()) for weight in weights)
+        return tuple(linear(self.features, weight, bias).unflatten(-1, encoder.shape) for weight, bias in composed)
 
 
 class MultiHeadAttention(nn.Module):
@@ -94,14 +102,17 @@ class MultiHeadAttention(nn.Module):
         *sources: Tensor | Encoded,  # each y [B, m, D]; x attends to one after the other, and the query is projected once
         bias: Tensor | None = None,  # [n, m] or [B, n, m], added before the scale
     ) -> Tensor:  # [B, len(sources) n, D]
-        q = self._project(self.linear_q, x)  # [B, H, n, d] or [H, n, d]
+        maps = self.linear_q.weight, self.linear_k.weight, self.linear_v.weight
+        if len(sources) == 1 and sources[0] is x:  # self-attention
+            operands = [self._project(x, *maps)]
+        else:
+            (q,) = self._project(x, maps[0])  # [B, H, n, d] or [H, n, d]
+            operands = [(q, *self._project(y, *maps[1:])) for y in sources]
         x = x.tokens() if isinstance(x, Encoded) else x
-        results = [_add_and_norm(self.layer_norm, x, self._attend(q, y, bias).transpose(1, 2).flatten(2)) for y in sources]
+        results = [_add_and_norm(self.layer_norm, x, self._attend(*each, bias).transpose(1, 2).flatten(2)) for each in operands]
         return results[0] if len(results) == 1 else torch.cat(results, 1)
 
-    def _attend(self, q: Tensor, y: Tensor | Encoded, bias: Tensor | None) -> Tensor:
-        k = self._project(self.linear_k, y)  # [B, H, m, d]
-        v = self._project(self.linear_v, y)  # [B, H, m, d]
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
         bias = None if bias is None else bias.to(q.dtype)
         dropkey, dropout = rates(self.config, self.training)
         if (dropkey or dropout) and draws_with_torch(self.config.rng, q):
@@ -110,10 +121,10 @@ class MultiHeadAttention(nn.Module):
             return attention_reference.lcd_attention(q, k, v, bias, drop=drop, keep=keep, released_gradient=released)
         return lcd_attention(q, k, v, bias, dropkey_p=dropkey, dropout_p=dropout)
 
-    def _project(self, linear: nn.Linear, x: Tensor | Encoded) -> Tensor:
-        """linear(x) [.., n, D] as [.., H, n, d]."""
-        projected = x.through(linear) if isinstance(x, Encoded) else linear(x)
-        return projected.unflatten(-1, (self.heads, -1)).transpose(-3, -2)
+    def _project(self, x: Tensor | Encoded, *weights: Tensor) -> tuple[Tensor, ...]:
+        """x weight' [.., n, D] as [.., H, n, d], for each weight."""
+        projected = x.through(*weights) if isinstance(x, Encoded) else linears(x, *weights)
+        return tuple(t.unflatten(-1, (self.heads, -1)).transpose(-3, -2) for t in projected)
 
 
 def _torch_masks(
@@ -139,8 +150,8 @@ class FeedForward(nn.Module):
 
     def __init__(self, config: HeLoConfig):
         super().__init__()
-        self.w1 = nn.Linear(config.feature_dim, config.hidden_size)
-        self.w2 = nn.Linear(config.hidden_size, config.feature_dim)
+        self.w1 = Linear(config.feature_dim, config.hidden_size)
+        self.w2 = Linear(config.hidden_size, config.feature_dim)
         self.layer_norm = nn.LayerNorm(config.feature_dim)
         self.config = config
 

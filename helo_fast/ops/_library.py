@@ -99,12 +99,10 @@ def without_autocast(kernel: Callable, tensor: Tensor, *arguments: object) -> tu
         return kernel(tensor, *arguments)
 
 
-def call(name: str, tensors: tuple[Tensor | None, ...], *options: object) -> tuple[Tensor, ...]:
-    """torch.ops.helo_fast.<name>(*tensors, *options), straight to the implementation where the dispatcher has nothing to do on the way.
-
-    For an op written in Python the dispatcher takes several times as long as a small kernel, and its autograd wrapper longer still.
-    """
-    if (  # a compiler, a mode, a transform, a tracer, the profiler or autocast would see the call, or change it
+def goes_straight(tensors: tuple[Tensor | None, ...]) -> bool:
+    """Whether torch's dispatcher has nothing to do for a function of these tensors but autograd: no compiler, mode, transform, tracer,
+    profiler or autocast would see the call or change it, and each tensor is no more than its memory."""
+    if (
         torch.compiler.is_compiling()
         or not _MAY_GO_STRAIGHT
         or has_torch_function(tensors)
@@ -115,16 +113,23 @@ def call(name: str, tensors: tuple[Tensor | None, ...], *options: object) -> tup
         or _profiler_enabled()
         or _is_tracing()
     ):
-        return getattr(torch.ops.helo_fast, name)(*tensors, *options)
-    differentiable = False
+        return False
     for x in tensors:
-        if x is not None:
-            if type(x) not in _PLAIN or not (x.is_cpu or x.is_cuda) or x.is_neg():  # a tensor that is more than its memory
-                return getattr(torch.ops.helo_fast, name)(*tensors, *options)
-            differentiable = differentiable or x.requires_grad
+        if x is not None and (type(x) not in _PLAIN or not (x.is_cpu or x.is_cuda) or x.is_neg()):
+            return False
+    return True
+
+
+def call(name: str, tensors: tuple[Tensor | None, ...], *options: object) -> tuple[Tensor, ...]:
+    """torch.ops.helo_fast.<name>(*tensors, *options), straight to the implementation where the dispatcher has nothing to do on the way.
+
+    For an op written in Python the dispatcher takes several times as long as a small kernel, and its autograd wrapper longer still.
+    """
+    if not goes_straight(tensors):
+        return getattr(torch.ops.helo_fast, name)(*tensors, *options)
     if not torch.is_grad_enabled():
         return _below_autograd(name, *tensors, *options)
-    if differentiable:
+    if any(x is not None and x.requires_grad for x in tensors):
         return _functions[name].apply(*tensors, *options)
     return _implementations[name](*tensors, *options)
 
