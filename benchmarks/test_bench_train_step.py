@@ -105,6 +105,8 @@ def measure(bench, case, member):
         for what, actual, (exact, eager) in zip(("loss", "gradient"), answer(case, member), truth):
             if what == "loss":  # one number, of which eager's error may be next to nothing by chance: the gradients hold the bound
                 torch.testing.assert_close(actual.double(), exact, rtol=2**-8 if half else 1e-6, atol=0)
+            elif member == "compile":  # a peer; in a large batch some unit is so near to ReLU's kink that rounding decides on its side
+                assert (actual.double() - exact).norm() <= 3e-3 * exact.norm(), f"{member} {what}"
             else:
                 assert_close(actual, exact, eager, what=f"{member} {what}")
     bench.weigh(case.preset, member, case.batch)
