@@ -8,7 +8,7 @@ STAMP  := $(VENV)/.helo-fast-installed
 NATIVE := $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.cu csrc/*/*.h)
 
 .DEFAULT_GOAL := help
-.PHONY: help install lint test sanitize demo bench performance profile clean
+.PHONY: help install lint test sanitize demo bench performance profile gpu-static gpu-check clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -49,6 +49,9 @@ performance: $(STAMP)  ## the benchmarks with the large sizes, into docs/perform
 
 profile: $(STAMP)  ## where a training step spends its time, an operator a row
 	$(BIN)/python -m benchmarks.profile_step
+
+gpu-static: $(STAMP)  ## the GPU kernels as compiled, without a GPU: registers, shared memory, spills, occupancy
+	$(BIN)/python -m benchmarks.gpu_static $(STATIC)
 
 clean:  ## remove what the build made
 	rm -rf build dist *.egg-info helo_fast/*.so

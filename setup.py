@@ -13,7 +13,8 @@ from setuptools import Extension, find_packages, setup
 
 TORCH_TARGET = (2, 10)  # the stable ABI compiled against; the lower bound on torch in pyproject.toml says the same
 STABLE_ABI = f"-DTORCH_TARGET_VERSION={(TORCH_TARGET[0] << 56) | (TORCH_TARGET[1] << 48)}ULL"
-ARCHITECTURES = os.environ.get("TORCH_CUDA_ARCH_LIST") or "8.0;9.0;10.0+PTX"
+ARCHITECTURES = (os.environ.get("TORCH_CUDA_ARCH_LIST") or "8.0;9.0;10.0+PTX").replace(" ", ";").split(";")
+FLAGS = ["-O3", "-std=c++17", STABLE_ABI]
 
 # An isolated build hides the environment that the package will be installed in: look for its torch there.
 sys.path += [path for path in (sysconfig.get_path("purelib"), sysconfig.get_path("platlib")) if path not in sys.path]
@@ -32,6 +33,12 @@ def find_nvcc():
     return None if wish == "0" else nvcc
 
 
+def generate_code(architecture):
+    """nvcc's options for one of ARCHITECTURES."""
+    number = architecture.removesuffix("+PTX").replace(".", "")
+    return ["-gencode", f"arch=compute_{number},code=[sm_{number}{f',compute_{number}' if architecture.endswith('+PTX') else ''}]"]
+
+
 class Build(BuildExtension):
     def build_extension(self, extension):
         """A library that cannot be built is left out, unless HELO_FAST_CUDA=1 forces it: the package says so in info()."""
@@ -47,11 +54,9 @@ class Build(BuildExtension):
         """torch's CUDAExtension refuses where torch itself has no CUDA; the stable ABI needs none."""
         output = self.get_ext_fullpath(extension.name)
         self.mkpath(os.path.dirname(output))
-        flags = ["-shared", "-O3", "-std=c++17", "-Xcompiler", "-fPIC,-fvisibility=hidden", "-Xlinker", "--no-as-needed"]
-        for name in ARCHITECTURES.replace(" ", ";").split(";"):
-            number = name.removesuffix("+PTX").replace(".", "")
-            flags += ["-gencode", f"arch=compute_{number},code=[sm_{number}{f',compute_{number}' if name.endswith('+PTX') else ''}]"]
-        flags += [STABLE_ABI, "--threads", os.environ.get("MAX_JOBS", "0"), *(f"-I{path}" for path in extension.include_dirs)]
+        flags = ["-shared", *FLAGS, "-Xcompiler", "-fPIC,-fvisibility=hidden", "-Xlinker", "--no-as-needed"]
+        flags += [option for architecture in ARCHITECTURES for option in generate_code(architecture)]
+        flags += ["--threads", os.environ.get("MAX_JOBS", "0"), *(f"-I{path}" for path in extension.include_dirs)]
         flags += [f"-I{sysconfig.get_path('include')}", *(f"-L{path}" for path in extension.library_dirs)]
         flags += [f"-l{name}" for name in extension.libraries]
         self.spawn([find_nvcc(), *extension.sources, *extension.depends, "-o", output, *flags])
@@ -64,7 +69,7 @@ def library(name, sources, **options):
         include_dirs=["csrc", *include_paths()],
         library_dirs=library_paths(),
         libraries=["torch_cpu", "torch"],
-        extra_compile_args=["-O3", "-std=c++17", STABLE_ABI],
+        extra_compile_args=[*FLAGS],
         py_limited_api=True,
         **options,
     )
