@@ -8,7 +8,7 @@ STAMP  := $(VENV)/.helo-fast-installed
 NATIVE := $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.cu csrc/*/*.h)
 
 .DEFAULT_GOAL := help
-.PHONY: help install lint test sanitize demo bench performance profile gpu-static gpu-check clean
+.PHONY: help install lint test sanitize demo bench performance profile gpu-static clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
