@@ -150,3 +150,48 @@ def hard_cost(kind: str, batch: int, n: int, m: int, generator: torch.Generator)
     elif kind == "blocks":
         cost = 0.01 * cost + (torch.arange(n).unsqueeze(-1) % 3 != torch.arange(m) % 3)
     return cost.float().double()
+
+
+ATTENTION_BIASES = {  # name -> shape of lcd_attention's bias, or None
+    "none": lambda B, H, n, m: None,
+    "n m": lambda B, H, n, m: (n, m),
+    "B 1 n m": lambda B, H, n, m: (B, 1, n, m),
+    "1 H n m": lambda B, H, n, m: (1, H, n, m),
+    "B H n m": lambda B, H, n, m: (B, H, n, m),
+}
+
+
+def attention_inputs(
+    B: int,
+    H: int,
+    n: int,
+    m: int,
+    d: int,
+    bias: str = "B H n m",
+    shared: bool = False,
+    dtype: torch.dtype = torch.float64,
+    device: str = "cpu",
+) -> tuple[list[Tensor], Tensor]:
+    """([q, k, v] or [q, k, v, bias], leaves; the incoming gradient [B, H, n, d]). With ``shared``, q is [1, H, n, d]."""
+    generator = torch.Generator().manual_seed(n + 7 * m + 31 * d)
+    shapes = [(1 if shared else B, H, n, d), (B, H, m, d), (B, H, m, d), ATTENTION_BIASES[bias](B, H, n, m), (B, H, n, d)]
+    tensors = [torch.randn(s, generator=generator, dtype=torch.float64).to(device, dtype) for s in shapes if s is not None]
+    return [t.requires_grad_() for t in tensors[:-1]], tensors[-1]
+
+
+def attention_results(inputs: list[Tensor], grad_out: Tensor, backend: str, **options: object) -> list[Tensor]:
+    """lcd_attention's output and the gradients of its inputs."""
+    from .ops.attention import lcd_attention
+
+    out = lcd_attention(*inputs, backend=backend, **options)
+    return [out.detach(), *torch.autograd.grad(out, inputs, grad_out)]
+
+
+def assert_attention_close(inputs: list[Tensor], grad_out: Tensor, backend: str, **options: object) -> None:
+    """lcd_attention on ``backend``: output and gradients as :func:`assert_close`."""
+    exact = [x.detach().double().requires_grad_() for x in inputs]
+    truth = attention_results(exact, grad_out.double(), "eager", **options)
+    eager = attention_results(inputs, grad_out, "eager", **options)
+    actual = attention_results(inputs, grad_out, backend, **options)
+    for name, a, t, e in zip(("output", "dq", "dk", "dv", "dbias"), actual, truth, eager):
+        assert_close(a, t, e, name)

@@ -8,46 +8,17 @@ import pytest
 import torch
 
 from helo_fast.ops.attention import lcd_attention, philox
-from helo_fast.testing import assert_close, poisoned_memory
+from helo_fast.testing import ATTENTION_BIASES, assert_attention_close, attention_inputs, attention_results, poisoned_memory
 
 BACKENDS = ["cpp"]  # what is not the reference; a new back end joins every test here
 DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
 P = {"dropkey_p": 0.5, "dropout_p": 0.3, "seed": 17}
-BIASES = {
-    "none": lambda B, H, n, m: None,
-    "n m": lambda B, H, n, m: (n, m),
-    "B 1 n m": lambda B, H, n, m: (B, 1, n, m),
-    "1 H n m": lambda B, H, n, m: (1, H, n, m),
-    "B H n m": lambda B, H, n, m: (B, H, n, m),
-}
 
 
 @pytest.fixture(params=BACKENDS)
 def backend(request, device_for):
     device_for("lcd_attention", request.param)
     return request.param
-
-
-def make(B, H, n, m, d, bias="B H n m", shared=False, dtype=torch.float64):
-    """([q, k, v] or [q, k, v, bias], leaves; incoming gradient)"""
-    generator = torch.Generator().manual_seed(n + 7 * m + 31 * d)
-    shapes = [(1 if shared else B, H, n, d), (B, H, m, d), (B, H, m, d), BIASES[bias](B, H, n, m), (B, H, n, d)]
-    tensors = [torch.randn(s, generator=generator, dtype=torch.float64).to(dtype) for s in shapes if s is not None]
-    return [t.requires_grad_() for t in tensors[:-1]], tensors[-1]
-
-
-def results(inputs, grad_out, backend, **options):
-    out = lcd_attention(*inputs, backend=backend, **options)
-    return [out.detach(), *torch.autograd.grad(out, inputs, grad_out)]
-
-
-def check(inputs, grad_out, backend, **options):
-    """Forward and backward within the accuracy bound."""
-    exact = [x.detach().double().requires_grad_() for x in inputs]
-    truth = results(exact, grad_out.double(), "eager", **options)
-    eager = results(inputs, grad_out, "eager", **options)
-    for name, actual, t, e in zip(("output", "dq", "dk", "dv", "dbias"), results(inputs, grad_out, backend, **options), truth, eager):
-        assert_close(actual, t, e, name)
 
 
 SIZES = [
@@ -72,25 +43,25 @@ SIZES = [
 def test_tiles(backend, B, H, n, m, d, dtype):
     if dtype.itemsize == 2 and n * m > 20000:
         pytest.skip("the conversions do not depend on the number of tiles")
-    check(*make(B, H, n, m, d, dtype=dtype), backend, **P)
+    assert_attention_close(*attention_inputs(B, H, n, m, d, dtype=dtype), backend, **P)
 
 
 @pytest.mark.parametrize("shared", [False, True])
-@pytest.mark.parametrize("bias", BIASES)
+@pytest.mark.parametrize("bias", ATTENTION_BIASES)
 @pytest.mark.parametrize("B, H, n, m", [(100, 3, 5, 6), (2, 70, 3, 4), (1, 3, 70, 80), (3, 1, 70, 80), (70, 2, 66, 65)])
 def test_sums_over_what_was_broadcast(backend, B, H, n, m, bias, shared):
     """More heads than tasks that add to one gradient, fewer, and one of either; one tile and several."""
-    check(*make(B, H, n, m, 5, bias, shared, torch.float32), backend, **P)
+    assert_attention_close(*attention_inputs(B, H, n, m, 5, bias, shared, torch.float32), backend, **P)
 
 
 @pytest.mark.parametrize("layout", [lambda x: x.mT.contiguous().mT, lambda x: x.transpose(1, 2).contiguous().transpose(1, 2)])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_strided_inputs_and_incoming_gradients(backend, layout, dtype):
-    inputs, grad_out = make(2, 3, 36, 70, 32, dtype=dtype)
-    expected = results(inputs, grad_out, backend, **P)
+    inputs, grad_out = attention_inputs(2, 3, 36, 70, 32, dtype=dtype)
+    expected = attention_results(inputs, grad_out, backend, **P)
     strided = [layout(x.detach()).requires_grad_() for x in inputs]
     assert not strided[0].is_contiguous()
-    assert all(map(torch.equal, expected, results(strided, layout(grad_out), backend, **P)))
+    assert all(map(torch.equal, expected, attention_results(strided, layout(grad_out), backend, **P)))
 
 
 @pytest.mark.parametrize("seed", [0, -1, 2**63 - 1, 0x123456789ABCDEF])
@@ -125,33 +96,33 @@ def test_thresholds_reach_their_ends(backend):
 
 
 @pytest.mark.parametrize("shared", [False, True])
-@pytest.mark.parametrize("bias", BIASES)
+@pytest.mark.parametrize("bias", ATTENTION_BIASES)
 @pytest.mark.parametrize("B, H, n, m", [(37, 4, 36, 36), (3, 2, 130, 70)])
 def test_bits_do_not_depend_on_the_run_or_on_threads(backend, B, H, n, m, bias, shared):
-    inputs, grad_out = make(B, H, n, m, 16, bias, shared, torch.float32)
-    expected = results(inputs, grad_out, backend, **P)
+    inputs, grad_out = attention_inputs(B, H, n, m, 16, bias, shared, torch.float32)
+    expected = attention_results(inputs, grad_out, backend, **P)
     before = torch.get_num_threads()
     try:
         for threads in (1, 2, 3, 8):
             torch.set_num_threads(threads)
-            assert all(map(torch.equal, expected, results(inputs, grad_out, backend, **P)))
+            assert all(map(torch.equal, expected, attention_results(inputs, grad_out, backend, **P)))
     finally:
         torch.set_num_threads(before)
 
 
 def test_a_head_does_not_depend_on_its_batch_mates(backend):
-    (q, k, v, bias), _ = make(9, 3, 36, 70, 32, dtype=torch.float32)
+    (q, k, v, bias), _ = attention_inputs(9, 3, 36, 70, 32, dtype=torch.float32)
     together = lcd_attention(q, k, v, bias, backend=backend)
     assert torch.equal(lcd_attention(q[4:5], k[4:5], v[4:5], bias[4:5], backend=backend), together[4:5])
 
 
-@pytest.mark.parametrize("bias", BIASES)
+@pytest.mark.parametrize("bias", ATTENTION_BIASES)
 def test_poisoned_memory(backend, bias):
     """What is allocated without being cleared starts as NaN here, and does not show."""
-    inputs, grad_out = make(3, 2, 5, 70, 7, bias, True, torch.float32)
-    expected = results(inputs, grad_out, backend, **P)
+    inputs, grad_out = attention_inputs(3, 2, 5, 70, 7, bias, True, torch.float32)
+    expected = attention_results(inputs, grad_out, backend, **P)
     with poisoned_memory():
-        assert all(map(torch.equal, expected, results(inputs, grad_out, backend, **P)))
+        assert all(map(torch.equal, expected, attention_results(inputs, grad_out, backend, **P)))
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, -1e12, -3e38])
@@ -159,18 +130,18 @@ def test_poisoned_memory(backend, bias):
 @pytest.mark.parametrize("m", [6, 70])
 def test_special_biases_as_in_the_reference(backend, m, dtype, value):
     """One entry of row 0, one tile's worth of row 1, all of row 2."""
-    (q, k, v, bias), grad_out = make(2, 2, 5, m, 4, dtype=dtype)
+    (q, k, v, bias), grad_out = attention_inputs(2, 2, 5, m, 4, dtype=dtype)
     with torch.no_grad():
         bias[:, :, 0, 2] = bias[:, :, 1, :64] = bias[:, :, 2] = value
     for options in ({}, P, {"dropkey_p": 1.0, "seed": 0}):
-        actual, expected = (results([q, k, v, bias], grad_out, name, **options) for name in (backend, "eager"))
+        actual, expected = (attention_results([q, k, v, bias], grad_out, name, **options) for name in (backend, "eager"))
         for a, e in zip(actual, expected, strict=True):
             torch.testing.assert_close(a, e, equal_nan=True, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("scale", [-0.7, 0.0, 1e-30, 40.0])
 def test_any_scale(backend, scale):
-    check(*make(2, 2, 7, 70, 9, dtype=torch.float32), backend, scale=scale, **P)
+    assert_attention_close(*attention_inputs(2, 2, 7, 70, 9, dtype=torch.float32), backend, scale=scale, **P)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

@@ -4,6 +4,7 @@ import os
 import re
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -13,15 +14,24 @@ pytest.importorskip("triton", reason='triton is not installed: pip install "helo
 FILES = sorted(Path(__file__).parent.glob("test_triton_*.py"))
 
 
+@pytest.fixture(scope="module")
+def children():
+    """file -> the future of its tests' run on the CPU, in a child: Triton reads TRITON_INTERPRET once, when it is imported."""
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    options = ["-q", "-m", "not gpu", "--require-backend", "triton", "-W", "ignore::RuntimeWarning", "-p", "no:cacheprovider"]
+
+    def run(file):
+        command = [sys.executable, "-m", "pytest", str(file), *options]
+        return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=500)
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:  # the interpreter runs on one core
+        yield {file: pool.submit(run, file) for file in FILES}
+
+
 @pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="this process is the interpreter's")
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem.removeprefix("test_triton_"))
-def test_under_the_interpreter(file):
-    """Runs the file's tests on the CPU in a child: Triton reads TRITON_INTERPRET once, when it is imported."""
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
-    options = ["-q", "-m", "not gpu", "--require-backend", "triton", "-W", "ignore::RuntimeWarning", "-p", "no:cacheprovider"]
-    child = subprocess.run(
-        [sys.executable, "-m", "pytest", str(file), *options], env=environment, capture_output=True, text=True, timeout=500
-    )
+def test_under_the_interpreter(file, children):
+    child = children[file].result()
     assert child.returncode == 0, f"{child.stdout}\n{child.stderr}"
     assert re.search(r"\d+ passed", child.stdout) and "skipped" not in child.stdout, child.stdout
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
+
 import torch
 from torch import Tensor
 
 from ... import _registry
-from ..._registry import CPP, EAGER, Adapter
+from ..._registry import CPP, EAGER, TRITON, Adapter
 from . import philox, reference
 
 
@@ -26,11 +28,41 @@ def _cpp_bwd(*arguments: object) -> tuple[Tensor, ...]:
     return torch.ops.helo_fast_cpu.lcd_attention_bwd(*tensors, scale, *_drawn(dropkey_p, dropout_p), bias_grad)
 
 
+def _triton_fwd(
+    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, seed: Tensor | None, scale: float, dropkey_p: float, dropout_p: float
+) -> tuple[Tensor, Tensor]:
+    from ...kernels import attention as kernels  # imported here: triton is optional and slow to import
+
+    return kernels.lcd_attention_fwd(q, k, v, bias, seed, scale, *_drawn(dropkey_p, dropout_p))
+
+
+def _triton_bwd(*arguments: object) -> tuple[Tensor, ...]:
+    from ...kernels import attention_bwd as kernels
+
+    *tensors, scale, dropkey_p, dropout_p, bias_grad = arguments
+    return kernels.lcd_attention_bwd(*tensors, scale, *_drawn(dropkey_p, dropout_p), bias_grad)
+
+
+def triton_refuses_device(tensor: Tensor) -> str | None:
+    """The ``refuses`` of Triton's kernels where any shape is served."""
+    if tensor.device.type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
+        return "it runs on cuda tensors, got cpu (TRITON_INTERPRET=1 runs its kernels on the CPU, slowly)"
+    return None
+
+
+def _triton_refuses(q: Tensor) -> str | None:
+    if q.dim() == 4 and q.shape[-1] > 256:
+        return f"it holds whole rows in registers: d may be 256 at most, got {q.shape[-1]}"
+    return triton_refuses_device(q)
+
+
 _registry.register(
     "lcd_attention",
     (
         Adapter(EAGER, {"fwd": reference.fwd, "bwd": reference.bwd}),
         Adapter(CPP, {"fwd": _cpp_fwd, "bwd": _cpp_bwd}, _registry.only_on("cpu")),
+        Adapter(TRITON, {"fwd": _triton_fwd, "bwd": _triton_bwd}, _triton_refuses),
     ),
+    # A GPU back end joins "cuda" with a results file from the hardware in benchmarks/results.
     auto={"cpu": ("cpp", "eager"), "cuda": ("eager",)},
 )
