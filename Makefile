@@ -8,7 +8,7 @@ STAMP  := $(VENV)/.helo-fast-installed
 NATIVE := $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.cu csrc/*/*.h)
 
 .DEFAULT_GOAL := help
-.PHONY: help install lint test sanitize demo bench performance profile gpu-static clean
+.PHONY: help install lint test sanitize demo bench performance profile gpu-static gpu-check clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -52,6 +52,9 @@ profile: $(STAMP)  ## where a training step spends its time, an operator a row
 
 gpu-static: $(STAMP)  ## the GPU kernels as compiled, without a GPU: registers, shared memory, spills, occupancy
 	$(BIN)/python -m benchmarks.gpu_static $(STATIC)
+
+gpu-check:  ## on a machine with a GPU: build, test, sanitise, benchmark, write benchmarks/results (nine minutes; downloads nothing)
+	$(PYTHON) -m benchmarks.gpu_check $(CHECK)
 
 clean:  ## remove what the build made
 	rm -rf build dist *.egg-info helo_fast/*.so

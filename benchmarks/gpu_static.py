@@ -28,6 +28,7 @@ from functools import cache
 from pathlib import Path
 from unittest import mock
 
+from .gpu_report import align
 from .occupancy import LIMITS, Occupancy, occupancy
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -215,9 +216,7 @@ def table(rows: list[Row]) -> list[str]:
         o = row.occupancy
         fits = (o.blocks, o.warps, f"{'<= ' if row.dynamic else ''}{o.share:.0%}", o.limit) if o else ("?",) * 4
         cells.append((row.compiler, row.kernel, architecture, row.registers, shared, row.local, row.threads or "?", *fits))
-    text = [[str(cell) for cell in row] for row in cells]
-    widths = [max(map(len, column)) for column in zip(*text)]
-    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in text]
+    return align(cells)
 
 
 def main(arguments: list[str]) -> int:

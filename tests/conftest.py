@@ -1,4 +1,8 @@
-"""Shared fixtures, and the option that turns skipped back ends into failures."""
+"""Shared fixtures, and the options for back ends and packages that are absent."""
+
+import importlib.util
+import sys
+import types
 
 import pytest
 import torch
@@ -10,6 +14,22 @@ from helo_fast.testing import shared_folder
 def pytest_addoption(parser):
     parser.addoption("--require-backend", action="append", default=[], metavar="NAME", help="fail, rather than skip, where NAME cannot run")
     parser.addoption("--require-shared", action="store_true", help="fail, rather than skip, where the shared folder is absent")
+    parser.addoption("--skip-absent", action="append", default=[], metavar="NAME", help="skip tests that use package NAME if it is absent")
+
+
+class Absent(types.ModuleType):
+    """A package that is not installed: a test that uses it is skipped, the others of its file run."""
+
+    def __getattr__(self, name):
+        if name.startswith("__"):
+            raise AttributeError(name)
+        pytest.skip(f"{self.__name__} is not installed", allow_module_level=True)
+
+
+def pytest_configure(config):
+    for name in config.getoption("--skip-absent"):
+        if importlib.util.find_spec(name) is None:
+            sys.modules[name] = Absent(name)
 
 
 @pytest.fixture
