@@ -1,4 +1,4 @@
-// The CUDA extension: schemas of the kernels, and the module that Python imports to register them.
+// The CUDA extension: schemas of the kernels, and the module that Python imports to register them. They are those of csrc/ops.cpp.
 
 #define Py_LIMITED_API 0x030A0000
 #include <Python.h>
@@ -7,9 +7,13 @@
 
 STABLE_TORCH_LIBRARY(helo_fast_cuda, m) {
   m.def(
-      "sinkhorn_fwd(Tensor cost, Tensor a, Tensor b, float epsilon, int max_iter, float? tol, int check_every, "
+      "sinkhorn_fwd(Tensor cost, Tensor? a, Tensor? b, float epsilon, int max_iter, float? tol, int check_every, "
       "float? tau_a, float? tau_b, bool keep_history) "
-      "-> (Tensor plan, Tensor f, Tensor g, Tensor transport_cost, Tensor marginal_error, Tensor n_iter, Tensor history)");
+      "-> (Tensor plan, Tensor f, Tensor g, Tensor transport_cost, Tensor marginal_error, Tensor n_iter, Tensor converged, "
+      "Tensor history)");
+  m.def(
+      "sinkhorn_implicit_bwd(Tensor cost, Tensor a, Tensor b, Tensor plan, Tensor? grad_plan, Tensor? grad_f, Tensor? grad_g, "
+      "Tensor? grad_transport_cost, float epsilon, float? tau_a, float? tau_b) -> (Tensor d_cost, Tensor d_a, Tensor d_b)");
 }
 
 PyMODINIT_FUNC PyInit__C_cuda() {

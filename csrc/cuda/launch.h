@@ -1,10 +1,11 @@
-// What every CUDA launcher needs: the current stream of torch, and a launch check.
+// What every CUDA launcher needs: the current stream of torch, a grid, and a launch check.
 #pragma once
 
 #include <cuda_runtime.h>
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/macros.h>
 #include <torch/headeronly/util/Exception.h>
+#include <torch/headeronly/util/shim_utils.h>
 
 #include <cstdint>
 
@@ -23,6 +24,17 @@ inline cudaStream_t current_stream(int32_t device_index) {
 inline void check_launch(const char* kernel) {
   const cudaError_t error = cudaGetLastError();
   STD_TORCH_CHECK(error == cudaSuccess, kernel, ": launch failed: ", cudaGetErrorString(error));
+}
+
+// A problem a block, up to the largest grid: blocks that end early make room.
+inline unsigned blocks_for(int64_t batch, int64_t most = INT32_MAX) { return static_cast<unsigned>(batch < most ? batch : most); }
+
+// Where all problems take the same time: no more blocks than find room at once, each of which takes several problems.
+inline unsigned resident_blocks_for(int64_t batch, int per_multiprocessor, int32_t device_index) {
+  int count = 0;
+  const cudaError_t error = cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device_index);
+  STD_TORCH_CHECK(error == cudaSuccess, "cannot read the device's size: ", cudaGetErrorString(error));
+  return blocks_for(batch, int64_t(count) * per_multiprocessor);
 }
 
 }  // namespace helo_fast

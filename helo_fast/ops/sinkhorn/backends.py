@@ -37,8 +37,14 @@ def _with_converged(outputs: tuple[Tensor, ...], epsilon: float, max_iter: int, 
 
 
 def _cuda_fwd(cost: Tensor, a: Tensor | None, b: Tensor | None, *options: object) -> tuple[Tensor, ...]:
-    inputs = _contiguous(cost, *reference.marginals(cost, a, b))
-    return _with_converged(torch.ops.helo_fast_cuda.sinkhorn_fwd(*inputs, *options), *options)
+    return torch.ops.helo_fast_cuda.sinkhorn_fwd(*_contiguous(cost, a, b), *options)
+
+
+def _cuda_implicit_bwd(cost, a, b, plan, grad_plan, grad_f, grad_g, grad_cost, *options: object) -> tuple[Tensor, ...]:
+    if max(plan.shape[1:]) > 64:  # the kernel keeps a problem in shared memory
+        return reference.implicit_bwd(cost, a, b, plan, grad_plan, grad_f, grad_g, grad_cost, *options)
+    a, b, plan, grad_f, grad_g, grad_cost = _contiguous(a, b, plan, grad_f, grad_g, grad_cost)
+    return torch.ops.helo_fast_cuda.sinkhorn_implicit_bwd(cost, a, b, plan, grad_plan, grad_f, grad_g, grad_cost, *options)
 
 
 def _triton_fwd(cost: Tensor, a: Tensor | None, b: Tensor | None, *options: object) -> tuple[Tensor, ...]:
@@ -66,7 +72,7 @@ _registry.register(
         Adapter(EAGER, {"fwd": reference.fwd, **_BACKWARDS}),
         Adapter(CPP, {"fwd": _cpp_fwd, "implicit_bwd": _cpp_implicit_bwd, "unrolled_bwd": _cpp_unrolled_bwd}, _registry.only_on("cpu")),
         Adapter(TRITON, {"fwd": _triton_fwd, **_BACKWARDS}, _triton_refuses),
-        Adapter(CUDA, {"fwd": _cuda_fwd, **_BACKWARDS}, _registry.only_on("cuda")),
+        Adapter(CUDA, {"fwd": _cuda_fwd, **_BACKWARDS, "implicit_bwd": _cuda_implicit_bwd}, _registry.only_on("cuda")),
     ),
     # A GPU back end joins "cuda" with a results file from the hardware in benchmarks/results.
     auto={"cpu": ("cpp", "eager"), "cuda": ("eager",)},
