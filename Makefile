@@ -4,6 +4,7 @@ TORCH  ?= torch==2.13.0
 VENV   ?= .venv
 BIN    := $(VENV)/bin
 OUT    ?= runs/demo
+JOBS   ?= 2
 STAMP  := $(VENV)/.helo-fast-installed
 NATIVE := $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.cu csrc/*/*.h)
 
@@ -27,8 +28,8 @@ lint: $(STAMP)  ## ruff: style and formatting
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-test: $(STAMP)  ## the whole test suite, doctests included
-	$(BIN)/pytest tests $(PYTEST)
+test: $(STAMP)  ## the whole test suite, doctests included, in JOBS processes (2)
+	OMP_WAIT_POLICY=passive $(BIN)/pytest tests -n $(JOBS) --dist loadfile $(PYTEST)
 	$(BIN)/pytest --doctest-modules helo_fast -q
 
 sanitize: $(STAMP)  ## the cpp back end's tests on a build with AddressSanitizer and UndefinedBehaviorSanitizer
