@@ -6,7 +6,9 @@ import torch
 from torch import Tensor
 
 from ... import _registry
-from ..._registry import CPP, EAGER, Adapter
+from ..._registry import CPP, EAGER, TRITON, Adapter
+from ..attention.backends import triton_refuses_device
+from ..sinkhorn.reference import CONVERGED_BY_DEFAULT
 from . import reference
 
 
@@ -16,6 +18,29 @@ def _cpp(kernel: str):
         return getattr(torch.ops.helo_fast_cpu, kernel)(*contiguous)
 
     return call
+
+
+def _triton_fwd(x: Tensor, y: Tensor, a: Tensor, b: Tensor, cost_xy: Tensor | None, *solver: object) -> tuple[Tensor, ...]:
+    from ...kernels import gromov as kernels  # imported here: triton is optional and slow to import
+
+    if kernels.block(a.shape[1], b.shape[1], x.dtype) is None:  # larger problems are PyTorch's, a kernel for each step
+        return reference.fwd(x, y, a, b, cost_xy, *solver)
+    return kernels.gromov_fwd(x, y, a, b, cost_xy, None, *solver, _converged_at(*solver))
+
+
+def _triton_from_tokens_fwd(
+    x: Tensor, y: Tensor, a: Tensor, b: Tensor, cost_xy: Tensor | None, threshold: float, over_batch: bool, *solver: object
+) -> tuple[Tensor, ...]:
+    from ...kernels import gromov as kernels
+
+    if kernels.block(a.shape[1], b.shape[1], x.dtype) is None:
+        return reference.from_tokens_fwd(x, y, a, b, cost_xy, threshold, over_batch, *solver)
+    return kernels.gromov_fwd(x, y, a, b, cost_xy, (threshold, over_batch), *solver, _converged_at(*solver))
+
+
+def _converged_at(*solver: object) -> float:
+    tol = solver[-1]
+    return CONVERGED_BY_DEFAULT if tol is None else tol
 
 
 _EAGER = {
@@ -30,9 +55,12 @@ _CPP = {
     "bwd": _cpp("gromov_wasserstein_bwd"),
     "from_tokens_bwd": _cpp("gromov_from_tokens_bwd"),
 }
+# The plan has no gradient; that of the cost is a few products, PyTorch's.
+_TRITON = {**_EAGER, "fwd": _triton_fwd, "from_tokens_fwd": _triton_from_tokens_fwd}
 
 _registry.register(
     "gromov",
-    (Adapter(EAGER, _EAGER), Adapter(CPP, _CPP, _registry.only_on("cpu"))),
+    (Adapter(EAGER, _EAGER), Adapter(CPP, _CPP, _registry.only_on("cpu")), Adapter(TRITON, _TRITON, triton_refuses_device)),
+    # A GPU back end joins "cuda" with a results file from the hardware in benchmarks/results.
     auto={"cpu": ("cpp", "eager"), "cuda": ("eager",)},
 )

@@ -1,0 +1,289 @@
+"""gromov's forward in Triton: one program per problem, plan and Gibbs kernel in registers.
+
+From T = a b', each iteration solves (gromov_plan.py) a transport problem on the linear cost
+    G_ij = columns_j - 2 (C T D')_ij, columns_j = sum_l (D_jl^2 - 2 c D_jl) b_l,   costs in the product less their means c and d:
+helo_fast/ops/gromov/reference.py says why. IPOT meets the column marginal last, Sinkhorn the row marginal: "entropic" is solved with
+x and y exchanged, by its launcher, and needs C' T D besides where costs may be asymmetric.
+
+Tokens: their cosine costs (gromov_costs.py) are written to memory first and cut off at the threshold, relu(c - t) with
+t = low + threshold (high - low), wherever they are read.
+Grid: x = problem (B may exceed 65535). Traffic: costs are read once or twice an iteration, mostly from cache; the plan is written
+once an iteration, and its rows are read from there by the next one's products.
+Invariants: rows and columns of zero mass are never read; their costs are 0 and their plan is an exact 0. Offsets are 64-bit.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from . import gromov_costs
+from .gromov_costs import BLOCKS, block, compiler_options, cosine_cost, device_guard, load_mass
+from .gromov_plan import gibbs, solve
+from .variant import Variant
+
+
+@triton.jit
+def _cost(space, i, j):
+    """Entries (i, j) of a cost less its mean, 0 where there is no mass. space = (pointer, strides of rows and columns, mass, its
+    stride, size, threshold t or -inf where there is none, mean)."""
+    cost, stride_i, stride_j, mass, stride, size, cut, mean = space
+    inside = (load_mass(mass, i, size, stride) > 0) & (load_mass(mass, j, size, stride) > 0)
+    c = tl.load(cost + i.to(tl.int64) * stride_i + j.to(tl.int64) * stride_j, mask=inside, other=0.0)
+    c = tl.where(cut > float("-inf"), tl.maximum(c - cut, 0.0), c)
+    return tl.where(inside, c - mean, 0.0)
+
+
+@triton.jit
+def _transposed(space):
+    cost, stride_i, stride_j, mass, stride, size, cut, mean = space
+    return cost, stride_j, stride_i, mass, stride, size, cut, mean
+
+
+@triton.jit
+def _add_between(total, X, plan, Y, n, m, index):
+    """total + C T D' for the spaces X and Y, a row of T at a time, from memory: a product of tiles (tl.dot) would hold a row and a column
+    of both factors for each entry, and spill."""
+    plan, stride_n, stride_m = plan
+    down, across = index[:, None], index[None, :]
+    D = _cost(Y, across, down)  # [l, j]
+    for k in range(n):
+        T = tl.load(plan + tl.cast(k, tl.int64) * stride_n + down.to(tl.int64) * stride_m, mask=down < m, other=0.0)  # [l, 1]
+        total += _cost(X, down, tl.full((1, 1), k, tl.int32)) * tl.sum(T * D, 0, keep_dims=True)
+    return total
+
+
+@triton.jit
+def _again(index, iteration, never):
+    """index, which the compiler cannot know: it would hold addresses and masks made from it in registers from one use to the next.
+    never is below every iteration, which the compiler cannot know either."""
+    return index + tl.where(iteration < never, 1, 0)
+
+
+@triton.jit
+def _store(matrix, index, n, m, values):
+    matrix, stride_n, stride_m = matrix
+    row, column = index[:, None], index[None, :]
+    tl.store(matrix + row.to(tl.int64) * stride_n + column.to(tl.int64) * stride_m, values, mask=(row < n) & (column < m))
+
+
+@triton.jit
+def _load(matrix, index, n, m):
+    matrix, stride_n, stride_m = matrix
+    row, column = index[:, None], index[None, :]
+    at = matrix + row.to(tl.int64) * stride_n + column.to(tl.int64) * stride_m
+    return tl.load(at, mask=(row < n) & (column < m), other=0.0)
+
+
+@triton.jit
+def _with_mean(space, BLOCK: tl.constexpr):
+    """(the space with its mean over the pairs that have mass, the mean)."""
+    cost, stride_i, stride_j, mass, stride, size, cut, mean = space
+    index = tl.arange(0, BLOCK)
+    count = tl.sum((load_mass(mass, index, size, stride) > 0).to(tl.int32)).to(mean.dtype)
+    mean = tl.sum(_cost(space, index[:, None], index[None, :])) / tl.maximum(count * count, 1.0)
+    return (cost, stride_i, stride_j, mass, stride, size, cut, mean), mean
+
+
+@triton.jit(do_not_specialize=["n", "m", "outer_iter", "inner_iter", "powers", "symmetric", "fused", "thresholded"])
+def _gromov_fwd_kernel(
+    x,  # [B, n, n] costs, any strides, as of all others
+    y,  # [B, m, m]
+    a,  # [B, n]
+    b,  # [B, m]
+    cross,  # [B, n, m] if fused
+    low_x,  # [B], or of stride 0, if thresholded
+    high_x,
+    low_y,
+    high_y,
+    plan,  # [B, n, m]
+    gw_cost,  # [B]
+    marginal_error,  # [B]
+    n_iter,  # [B], int32
+    converged,  # [B], bool
+    x_stride_b,
+    x_stride_n,
+    x_stride_k,
+    y_stride_b,
+    y_stride_m,
+    y_stride_l,
+    a_stride_b,
+    a_stride_n,
+    b_stride_b,
+    b_stride_m,
+    cross_stride_b,
+    cross_stride_n,
+    cross_stride_m,
+    end_stride_b,
+    plan_stride_b,
+    plan_stride_n,
+    plan_stride_m,
+    n,
+    m,
+    outer_iter,
+    inner_iter,
+    powers,  # 1 for IPOT, 0 for Sinkhorn
+    symmetric,
+    fused,
+    thresholded,
+    # A plain float would arrive as float32.
+    threshold: tl.float64,
+    alpha: tl.float64,
+    per_epsilon: tl.float64,
+    tol: tl.float64,  # below 0: never stop early
+    bound: tl.float64,  # of the change and the marginal error that count as converged
+    BLOCK: tl.constexpr,
+):
+    dtype: tl.constexpr = x.dtype.element_ty
+    threshold = tl.full((), threshold, dtype)
+    tol = tl.full((), tol, dtype)
+    bound = tl.full((), bound, dtype)
+    cross_weight = tl.full((), 1.0 - alpha, dtype)
+    alpha = tl.full((), alpha, dtype)
+    powers = powers != 0
+    one_product = powers | (symmetric != 0)  # Sinkhorn's G has another, C' T D
+    weight = tl.where(powers, alpha, tl.where(symmetric != 0, 2 * alpha, alpha))
+
+    problem = tl.program_id(0).to(tl.int64)
+    index = tl.arange(0, BLOCK)
+    row, column = index[:, None], index[None, :]
+    cross += problem * cross_stride_b
+    plan += problem * plan_stride_b
+    a += problem * a_stride_b
+    b += problem * b_stride_b
+    cut_x, cut_y = tl.full((), float("-inf"), dtype), tl.full((), float("-inf"), dtype)
+    if thresholded != 0:
+        end = problem * end_stride_b
+        bottom, top = tl.load(low_x + end), tl.load(high_x + end)
+        cut_x = bottom + threshold * (top - bottom)
+        bottom, top = tl.load(low_y + end), tl.load(high_y + end)
+        cut_y = bottom + threshold * (top - bottom)
+    zero = tl.full((), 0.0, dtype)
+    X0 = (x + problem * x_stride_b, x_stride_n, x_stride_k, a, a_stride_n, n, cut_x, zero)
+    Y0 = (y + problem * y_stride_b, y_stride_m, y_stride_l, b, b_stride_m, m, cut_y, zero)
+    X, c = _with_mean(X0, BLOCK)
+    Y, d = _with_mean(Y0, BLOCK)
+    D = _cost(Y0, column, row)  # [l, j]
+    b_down = load_mass(b, row, m, b_stride_m)
+    columns = tl.sum(D * (D - 2 * c) * b_down, 0, keep_dims=True)  # [1, BLOCK]
+    if not one_product:
+        D = _cost(Y0, row, column)
+        columns += tl.sum(D * (D - 2 * c) * b_down, 0, keep_dims=True)
+
+    T_at, cross_at = (plan, plan_stride_n, plan_stride_m), (cross, cross_stride_n, cross_stride_m)
+    _store(T_at, index, n, m, load_mass(a, row, n, a_stride_n) * load_mass(b, column, m, b_stride_m))
+    tl.debug_barrier()
+    change = zero
+    iteration = 0
+    running = True
+    while running:
+        here = _again(index, iteration, -inner_iter)
+        gain = _add_between(tl.zeros((BLOCK, BLOCK), dtype), X, T_at, Y, n, m, here)
+        if not one_product:
+            gain = _add_between(gain, _transposed(X), T_at, _transposed(Y), n, m, here)
+        mass_a, mass_b = load_mass(a, here[:, None], n, a_stride_n), load_mass(b, here[None, :], m, b_stride_m)
+        gain *= 2 * weight
+        if fused != 0:
+            gain -= cross_weight * tl.where((mass_a > 0) & (mass_b > 0), _load(cross_at, here, n, m), 0.0)
+        N, start = gibbs(gain, weight * columns, (mass_a > 0) & (mass_b > 0), mass_b > 0, per_epsilon)
+        T = solve(N, start, mass_a, mass_b, inner_iter, powers)
+        iteration += 1
+        here = _again(index, iteration, -inner_iter)
+        change = tl.sum(tl.abs(T - _load(T_at, here, n, m)))
+        running = (iteration < outer_iter) & ((tol < 0) | (change > tol))
+        tl.debug_barrier()  # the last plan has been read
+        _store(T_at, here, n, m, T)
+        tl.debug_barrier()  # what one thread writes, others read
+
+    index = _again(index, iteration, -inner_iter)
+    row, column = index[:, None], index[None, :]
+    T = _load(T_at, index, n, m)
+    mass_a, mass_b = load_mass(a, row, n, a_stride_n), load_mass(b, column, m, b_stride_m)
+    r, s = tl.sum(T, 1, keep_dims=True), tl.sum(T, 0, keep_dims=True)
+    error = tl.sum(tl.abs(r - mass_a)) + tl.sum(tl.abs(s - mass_b))
+    C = tl.where((mass_a > 0) & (load_mass(a, column, n, a_stride_n) > 0), _cost(X, row, column) + (c - d), 0.0)  # blind to what both lose
+    quadratic = tl.sum(C * C * r * tl.trans(r))
+    D = _cost(Y, row, column)
+    quadratic += tl.sum(D * D * s * tl.trans(s))
+    product = _add_between(tl.zeros((BLOCK, BLOCK), dtype), X, T_at, Y, n, m, index)
+    product += (c - d) * tl.sum(D * s, 1)[None, :]  # X has lost c
+    quadratic = tl.maximum(quadratic - 2 * tl.sum(T * product), 0.0)
+    linear = zero
+    if fused != 0:
+        linear = tl.sum(T * tl.where(T > 0, _load(cross_at, index, n, m), 0.0))
+    tl.store(gw_cost + problem, alpha * quadratic + cross_weight * linear)
+    tl.store(marginal_error + problem, error)
+    tl.store(n_iter + problem, iteration)
+    tl.store(converged + problem, (change <= bound) & (error <= bound))
+
+
+def gromov_fwd(
+    x: Tensor,  # [B, n, n] costs, or [B, n, d] tokens, any strides, as of all others
+    y: Tensor,  # [B, m, m] or [B, m, d]
+    a: Tensor,  # [B, n]
+    b: Tensor,  # [B, m]
+    cost_xy: Tensor | None,  # [B, n, m]
+    tokens: tuple[float, bool] | None,  # (threshold, whether it is over the batch); None: x and y are costs
+    alpha: float,
+    method: str,
+    epsilon: float,
+    outer_iter: int,
+    inner_iter: int,
+    tol: float | None,
+    converged_at: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """(plan, gw_cost, marginal_error, n_iter, converged), as the reference."""
+    (batch, n), m = a.shape, b.shape[1]
+    plan, gw_cost, marginal_error = x.new_empty(batch, n, m), x.new_empty(batch), x.new_empty(batch)
+    n_iter, converged = x.new_empty(batch, dtype=torch.int32), x.new_empty(batch, dtype=torch.bool)
+    outputs = plan, gw_cost, marginal_error, n_iter, converged
+    if batch == 0:
+        return outputs
+    ends, end_stride = (gw_cost,) * 4, 0  # never read
+    if tokens is not None:
+        if cost_xy is None and alpha < 1:
+            cost_xy, *_ = cosine_cost(x, y, a, b)
+        x, *ends_x = cosine_cost(x, x, a, a)
+        y, *ends_y = cosine_cost(y, y, b, b)
+        ends, end_stride = (*ends_x, *ends_y), 1
+        if tokens[1]:
+            ends, end_stride = [end.amax() if k % 2 else end.amin() for k, end in enumerate(ends)], 0
+    written, cross = plan, cost_xy
+    if method == "entropic":
+        x, y, a, b, ends, written, cross = y, x, b, a, (*ends[2:], *ends[:2]), plan.mT, None if cross is None else cross.mT
+    BLOCK = block(n, m, x.dtype)
+    with device_guard(x):
+        _gromov_fwd_kernel[(batch,)](
+            *(x, y, a, b, written if cross is None else cross, *ends, written, *outputs[1:]),
+            *(*x.stride(), *y.stride(), *a.stride(), *b.stride()),
+            *((0, 0, 0) if cross is None else cross.stride()),
+            *(end_stride, *written.stride()),
+            *(a.shape[1], b.shape[1], outer_iter, inner_iter),
+            *(int(method == "proximal"), int(tokens is not None), int(cross is not None), int(tokens is not None)),
+            0.0 if tokens is None else tokens[0],
+            1.0 if cross is None else alpha,
+            1.0 / epsilon,
+            -1.0 if tol is None else tol,
+            converged_at,
+            BLOCK=BLOCK,
+            **compiler_options(BLOCK, x.dtype),
+        )
+    return outputs
+
+
+def variants() -> list[Variant]:
+    """Every compilation that a launch may ask for, of contiguous tensors."""
+    types = {"n_iter": torch.int32, "converged": torch.bool}
+    found = []
+    for kernel in (_gromov_fwd_kernel, gromov_costs._cosine_kernel):
+        names = kernel.arg_names
+        tensors = names[: names.index("x_stride_b")]
+        ones = {name: 1 for name in ("x_stride_k", "y_stride_l", "x_stride_d", "y_stride_d", "a_stride_n", "b_stride_m") if name in names}
+        for dtype, sizes in BLOCKS.items():
+            for BLOCK in sizes:
+                name = f"{kernel.__name__.strip('_')} {str(dtype).removeprefix('torch.')} {BLOCK}"
+                pointers = {name: types.get(name, dtype) for name in tensors}
+                found.append(Variant(name, kernel, pointers, ones | {"BLOCK": BLOCK}, compiler_options(BLOCK, dtype)))
+    return found
