@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from helo_fast import _registry, sinkhorn
-from helo_fast.testing import SINKHORN_CASES, assert_close, layouts, poisoned_memory
+from helo_fast.testing import SINKHORN_CASES, _problem, assert_close, layouts, poisoned_memory
 
 DTYPES = (torch.float32, torch.float64)
 VALUES = ("plan", "f", "g", "transport_cost", "marginal_error")
@@ -97,6 +97,101 @@ def test_kernel_gradients_equal_eager(gradient, device_for):
         gradients.append([leaf.grad for leaf in leaves])
     for actual, expected in zip(*gradients):
         assert torch.allclose(actual, expected, atol=1e-10)
+
+
+def gradients_of(op, arguments, names, backend):
+    """What the backward `op` makes of random gradients that reach the outputs named, of an eager forward: gradients of (cost, a, b)."""
+    cost = arguments["cost"]
+    masses = []
+    for name, count, size in (("a", "n_rows", cost.shape[1]), ("b", "n_cols", cost.shape[2])):
+        used = arguments.get(count, torch.full(cost.shape[:1], size, device=cost.device))
+        uniform = (torch.arange(size, device=cost.device) < used[:, None]).to(cost.dtype) / used[:, None].to(cost.dtype)
+        masses.append(arguments.get(name, uniform))
+    options = {"epsilon": 0.1, "tau_a": None, "tau_b": None, "tol": None, "max_iter": 30, "check_every": 10} | arguments
+    epsilon, taus = options["epsilon"], (options["tau_a"], options["tau_b"])
+    kind = "unrolled" if "unrolled" in op else "implicit"
+    forward = (epsilon, options["max_iter"], options["tol"], options["check_every"], *taus, kind, "eager")
+    plan, f, g, transport_cost, _, n_iter, _, history = torch.ops.helo_fast.sinkhorn_fwd(cost, *masses, *forward)
+    incoming = []
+    for name, output in (("plan", plan), ("f", f), ("g", g), ("transport_cost", transport_cost)):
+        generator = torch.Generator().manual_seed(output.dim())
+        grad = torch.randn(output.shape, generator=generator, dtype=torch.float64).to(cost)
+        incoming.append(grad if name in names else None)
+    stored = (history, n_iter) if kind == "unrolled" else ()
+    return getattr(torch.ops.helo_fast, op)(cost, *masses, plan, *stored, *incoming, epsilon, *taus, backend)
+
+
+def check_gradients(op, arguments, names, device, what):
+    exact_arguments = {k: v.double() if isinstance(v, torch.Tensor) and v.is_floating_point() else v for k, v in arguments.items()}
+    with poisoned_memory(device):
+        actual = gradients_of(op, arguments, names, "triton")
+    eager = gradients_of(op, arguments, names, "eager")
+    exact = gradients_of(op, exact_arguments, names, "eager")
+    # Where the plan falls apart into pieces without a link, how the pieces' potentials move is rounding.
+    compared = 1 if what in FALLS_APART else 3
+    for leaf, ours, truth, theirs in list(zip(("cost", "a", "b"), actual, exact, eager))[:compared]:
+        assert ours.isfinite().all()
+        assert_close(ours, truth, theirs, f"{what} d {'+'.join(names)} / d {leaf}")
+
+
+OUTPUTS = ("plan", "f", "g", "transport_cost")
+FALLS_APART = ("tiny_epsilon", "large_cost")
+GRADIENT_CASES = {
+    **{case: SINKHORN_CASES[case] for case in CASES if case != "square"},
+    "small_epsilon": _problem(1, 36, 36, epsilon=0.02, max_iter=250),
+    "small_epsilon_wide": _problem(2, 20, 33, epsilon=0.02, max_iter=250, marginals=True),
+    "largest": _problem(1, 60, 64, max_iter=50, epsilon=0.05, marginals=True),
+}
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", GRADIENT_CASES)
+def test_implicit_gradient_against_float64(case, dtype, device_for):
+    device = device_for("sinkhorn", "triton")
+    arguments = GRADIENT_CASES[case](dtype, device)
+    for names in (("plan",), OUTPUTS) if case != "rectangular" else (("f",), ("g",), ("transport_cost",)):
+        if not (case in FALLS_APART and "f" in names):
+            check_gradients("sinkhorn_implicit_bwd", arguments, names, device, case)
+
+
+@pytest.mark.parametrize("op", ("sinkhorn_implicit_bwd",))
+def test_gradient_reads_any_strides(op, device_for):
+    device = device_for("sinkhorn", "triton")
+    for shape in ((7, 5), (5, 7)):
+        arguments = _problem(2, *shape, marginals=True)(torch.float64, device)
+        expected = gradients_of(op, arguments, OUTPUTS, "triton")
+        inputs = [list(layouts(arguments[k])) for k in ("cost", "a", "b")]
+        for (name, cost), (_, a), (_, b) in zip(*inputs):
+            actual = gradients_of(op, {**arguments, "cost": cost, "a": a, "b": b}, OUTPUTS, "triton")
+            for ours, theirs in zip(actual, expected):
+                assert torch.allclose(ours, theirs, rtol=0, atol=1e-12), name
+        leaf = arguments["cost"].requires_grad_()
+        plan = sinkhorn(leaf, max_iter=4, gradient=op.split("_")[1], backend="triton").plan
+        for grad in (torch.ones(()).double().to(device).expand(2, *shape), torch.rand(2, *shape[::-1], device=device).double().mT):
+            found = [torch.autograd.grad(plan, leaf, g, retain_graph=True)[0] for g in (grad, grad.contiguous())]
+            assert torch.equal(*found)
+
+
+@pytest.mark.parametrize("transposed", (False, True))
+@pytest.mark.parametrize("last", (False, True))
+def test_tiny_masses_get_the_implicit_gradient_of_the_converged_iterations(transposed, last, device_for):
+    """Relative to its mass, the gradient of a row or column of next to none is as exact as that of any other."""
+    device, generator = device_for("sinkhorn", "triton"), torch.Generator().manual_seed(2)
+    cost, weight = torch.rand(1, 9, 7, generator=generator).double(), torch.randn(1, 9, 7, generator=generator).double()
+    masses = [torch.rand(size, generator=generator).double() for size in (9, 7)]
+    for mass in masses:
+        mass[-1 if last else 0] = 1e-12
+        mass /= mass.sum()
+    if transposed:
+        cost, weight, masses = cost.mT.contiguous(), weight.mT.contiguous(), masses[::-1]
+    a, b = (mass.to(device).unsqueeze(0) for mass in masses)
+    leaf = cost.to(device).requires_grad_()
+    plan = sinkhorn(leaf, a, b, epsilon=1.0, max_iter=60, gradient="unrolled", backend="eager").plan
+    weight = weight.to(device)
+    expected = torch.autograd.grad(plan, leaf, weight)[0] / plan.detach()
+    options = (weight, None, None, None, 1.0, None, None, "triton")
+    actual = torch.ops.helo_fast.sinkhorn_implicit_bwd(leaf.detach(), a, b, plan.detach(), *options)[0] / plan.detach()
+    assert (actual - expected).abs().max() < 1e-9 * expected.abs().max()
 
 
 def test_kernel_refuses_by_name(device_for, monkeypatch):

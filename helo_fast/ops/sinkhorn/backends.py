@@ -53,6 +53,13 @@ def _triton_fwd(cost: Tensor, a: Tensor | None, b: Tensor | None, *options: obje
     return _with_converged(kernels.sinkhorn_fwd(cost, *reference.marginals(cost, a, b), *options), *options)
 
 
+def _triton_implicit_bwd(cost: Tensor, *inputs_and_options: object) -> tuple[Tensor, ...]:
+    from ...kernels import sinkhorn_implicit as kernels
+
+    served = kernels.serves(*cost.shape[1:])  # larger systems are PyTorch's to solve, a kernel for each step
+    return (kernels.sinkhorn_implicit_bwd if served else reference.implicit_bwd)(cost, *inputs_and_options)
+
+
 def _triton_refuses(cost: Tensor) -> str | None:
     if cost.device.type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
         return "it runs on cuda tensors, got cpu (TRITON_INTERPRET=1 runs its kernels on the CPU, slowly)"
@@ -70,8 +77,8 @@ _registry.register(
     "sinkhorn",
     (
         Adapter(EAGER, {"fwd": reference.fwd, **_BACKWARDS}),
+        Adapter(TRITON, {"fwd": _triton_fwd, **_BACKWARDS, "implicit_bwd": _triton_implicit_bwd}, _triton_refuses),
         Adapter(CPP, {"fwd": _cpp_fwd, "implicit_bwd": _cpp_implicit_bwd, "unrolled_bwd": _cpp_unrolled_bwd}, _registry.only_on("cpu")),
-        Adapter(TRITON, {"fwd": _triton_fwd, **_BACKWARDS}, _triton_refuses),
         Adapter(CUDA, {"fwd": _cuda_fwd, **_BACKWARDS, "implicit_bwd": _cuda_implicit_bwd}, _registry.only_on("cuda")),
     ),
     # A GPU back end joins "cuda" with a results file from the hardware in benchmarks/results.
