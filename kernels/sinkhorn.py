@@ -1,5 +1,7 @@
 """Sinkhorn forward in Triton: the log-domain iteration, one program per problem, the whole problem in registers.
 
+Problems too large for that are passed on to sinkhorn_stream.py.
+
     gamma_j = -kappa_b logsumexp_i(log a_i + phi_i + M_ij), then phi_i likewise over j; from phi = 0; M = -cost / epsilon.
 
 Grid: x = problem (B may exceed 65535). Columns are folded: with K = BLOCK_M / FOLD, column j = c K + k of row i stands at [c, i, k]
@@ -22,6 +24,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from . import sinkhorn_stream
 from .variant import Variant
 
 FOLD = tl.constexpr(4)
@@ -30,17 +33,10 @@ LARGEST_BLOCK = 128
 LARGEST_TILE = {torch.float32: 64 * 128, torch.float64: 64 * 64}  # a larger one spills registers to memory
 
 
-def refuses(cost: Tensor) -> str | None:
-    """Why the kernel does not serve a cost [B, n, m], or None."""
-    n, m = cost.shape[-2:]
+def fits(n: int, m: int, dtype: torch.dtype) -> bool:
+    """Whether the registers hold an n x m problem."""
     BLOCK_N, BLOCK_M = blocks(n, m)
-    largest = LARGEST_TILE[cost.dtype]
-    if max(n, m) <= LARGEST_BLOCK and BLOCK_N * BLOCK_M <= largest:
-        return None
-    return (
-        f"it holds a whole problem in registers: n and m, each rounded up to a power of two, may be {LARGEST_BLOCK} "
-        f"and their product {largest} at most in {cost.dtype}, got {n} x {m}"
-    )
+    return max(BLOCK_N, BLOCK_M) <= LARGEST_BLOCK and BLOCK_N * BLOCK_M <= LARGEST_TILE[dtype]
 
 
 def blocks(n: int, m: int) -> tuple[int, int]:
@@ -199,9 +195,16 @@ def sinkhorn_fwd(
     outputs = plan, f, g, transport_cost, marginal_error, n_iter, history
     if batch == 0:
         return outputs
-    cost = cost if cost.stride(2) == 1 else cost.contiguous()
-    BLOCK_N, BLOCK_M = blocks(n, m)
+    counts = n, m, max_iter, check_every, kept
+    kappas = (1.0 if tau is None else tau / (tau + epsilon) for tau in (tau_a, tau_b))
+    slopes = (0.0 if tau is None else epsilon / tau for tau in (tau_a, tau_b))
+    numbers = epsilon, -1.0 / epsilon, -1.0 if tol is None else tol, *kappas, *slopes
     with torch.cuda.device(cost.device) if cost.is_cuda else contextlib.nullcontext():
+        if not fits(n, m, cost.dtype):
+            sinkhorn_stream.launch(cost, a, b, outputs, counts, numbers)
+            return outputs
+        cost = cost if cost.stride(2) == 1 else cost.contiguous()
+        BLOCK_N, BLOCK_M = blocks(n, m)
         _sinkhorn_fwd_kernel[(batch,)](
             cost,
             a,
@@ -210,18 +213,8 @@ def sinkhorn_fwd(
             *cost.stride()[:2],
             *a.stride(),
             *b.stride(),
-            n,
-            m,
-            max_iter,
-            check_every,
-            kept,
-            epsilon,
-            -1.0 / epsilon,
-            -1.0 if tol is None else tol,
-            1.0 if tau_a is None else tau_a / (tau_a + epsilon),
-            1.0 if tau_b is None else tau_b / (tau_b + epsilon),
-            0.0 if tau_a is None else epsilon / tau_a,
-            0.0 if tau_b is None else epsilon / tau_b,
+            *counts,
+            *numbers,
             BLOCK_N=BLOCK_N,
             BLOCK_M=BLOCK_M,
             **compiler_options(BLOCK_N, BLOCK_M, cost.dtype),

@@ -3,16 +3,31 @@
 import pytest
 import torch
 
-from helo_fast import _registry, sinkhorn
+from helo_fast import sinkhorn
 from helo_fast.testing import SINKHORN_CASES, _problem, assert_close, layouts, poisoned_memory
 
 DTYPES = (torch.float32, torch.float64)
 VALUES = ("plan", "f", "g", "transport_cost", "marginal_error")
-CASES = [case for case in SINKHORN_CASES if case != "tall"]  # 130 rows are refused: test_kernel_refuses_by_name
+LARGE = {  # beyond the registers of one program
+    "tall_and_large": _problem(2, 150, 140, max_iter=6, marginals=True),
+    "wide_until_tolerance": _problem(2, 70, 150, max_iter=40, tol=1e-2, tau_a=0.5),
+}
+CASES = {**SINKHORN_CASES, **LARGE}
+STREAMED = ("rectangular", "single_column", "tiny_epsilon", "large_cost", "unbalanced", "unbalanced_tiny_epsilon", "zero_mass", "ragged")
+
+
+@pytest.fixture(params=("registers", "stream"))
+def kernel(request, monkeypatch):
+    """Which forward kernel runs problems that either can."""
+    if request.param == "stream":
+        from helo_fast.kernels import sinkhorn as kernels
+
+        monkeypatch.setattr(kernels, "fits", lambda *size_and_dtype: False)
+    return request.param
 
 
 def arguments_of(case, dtype, device):
-    arguments = SINKHORN_CASES[case](dtype, device)
+    arguments = CASES[case](dtype, device)
     if device == "cpu":  # the interpreter takes milliseconds an iteration
         arguments["max_iter"] = min(arguments.get("max_iter", 100), 60 if "tol" in arguments else 12)
     return arguments
@@ -21,7 +36,17 @@ def arguments_of(case, dtype, device):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("case", CASES)
 def test_kernel_values_against_float64(case, dtype, device_for):
-    device = device_for("sinkhorn", "triton")
+    check_values(case, dtype, device_for("sinkhorn", "triton"))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", STREAMED)
+@pytest.mark.parametrize("kernel", ("stream",), indirect=True)
+def test_streamed_values_against_float64(kernel, case, dtype, device_for):
+    check_values(case, dtype, device_for("sinkhorn", "triton"))
+
+
+def check_values(case, dtype, device):
     arguments = arguments_of(case, dtype, device)
     exact_arguments = {k: v.double() if isinstance(v, torch.Tensor) and v.is_floating_point() else v for k, v in arguments.items()}
     with poisoned_memory(device):
@@ -40,7 +65,7 @@ def test_kernel_values_against_float64(case, dtype, device_for):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_kernel_reads_any_strides(dtype, device_for):
+def test_kernel_reads_any_strides(kernel, dtype, device_for):
     arguments = SINKHORN_CASES["rectangular"](dtype, device_for("sinkhorn", "triton"))
     options = {"max_iter": 5, "backend": "triton"}
     expected = sinkhorn(**arguments, **options)
@@ -52,7 +77,7 @@ def test_kernel_reads_any_strides(dtype, device_for):
     assert torch.allclose(expanded, expected.plan[:1].expand(3, -1, -1), atol=1e-7, rtol=0)
 
 
-def test_kernel_offsets_are_64_bit(device_for, tmp_path):
+def test_kernel_offsets_are_64_bit(kernel, device_for, tmp_path):
     device, stride = device_for("sinkhorn", "triton"), 2**30
     size = 2 * stride + 4  # 8 GiB, of which three pages are touched
     if device == "cpu":  # a sparse file takes neither memory nor disk
@@ -74,7 +99,7 @@ def test_kernel_solves_each_problem_by_itself(device_for):
         assert torch.equal(alone.plan, together.plan[i]) and alone.n_iter == together.n_iter[i]
 
 
-def test_kernel_keeps_the_history(device_for):
+def test_kernel_keeps_the_history(kernel, device_for):
     device = device_for("sinkhorn", "triton")
     arguments = arguments_of("until_tolerance", torch.float64, device)
     inputs = arguments["cost"], torch.full((6, 20), 1 / 20, device=device).double(), torch.full((6, 16), 1 / 16, device=device).double()
@@ -137,10 +162,11 @@ def check_gradients(op, arguments, names, device, what):
 OUTPUTS = ("plan", "f", "g", "transport_cost")
 FALLS_APART = ("tiny_epsilon", "large_cost")
 GRADIENT_CASES = {
-    **{case: SINKHORN_CASES[case] for case in CASES if case != "square"},
+    **{case: build for case, build in SINKHORN_CASES.items() if case != "square"},
     "small_epsilon": _problem(1, 36, 36, epsilon=0.02, max_iter=250),
     "small_epsilon_wide": _problem(2, 20, 33, epsilon=0.02, max_iter=250, marginals=True),
-    "largest": _problem(1, 60, 64, max_iter=50, epsilon=0.05, marginals=True),
+    "largest": _problem(1, 130, 64, max_iter=50, epsilon=0.05, marginals=True),
+    "too_large": _problem(1, 70, 70, max_iter=50, marginals=True),
 }
 
 
@@ -192,17 +218,6 @@ def test_tiny_masses_get_the_implicit_gradient_of_the_converged_iterations(trans
     options = (weight, None, None, None, 1.0, None, None, "triton")
     actual = torch.ops.helo_fast.sinkhorn_implicit_bwd(leaf.detach(), a, b, plan.detach(), *options)[0] / plan.detach()
     assert (actual - expected).abs().max() < 1e-9 * expected.abs().max()
-
-
-def test_kernel_refuses_by_name(device_for, monkeypatch):
-    device = device_for("sinkhorn", "triton")
-    for shape, dtype in (((1, 129, 3), torch.float32), ((1, 128, 65), torch.float32), ((1, 64, 65), torch.float64)):
-        cost = torch.rand(shape, dtype=dtype, device=device)
-        with pytest.raises(RuntimeError, match=f"'triton' was asked for and cannot serve.*registers.*got {shape[1]} x {shape[2]}"):
-            sinkhorn(cost, backend="triton")
-        monkeypatch.setitem(_registry._auto, "sinkhorn", {device: ("triton", "eager")})
-        assert _registry.auto_choice("sinkhorn", cost) == "eager"
-    assert _registry.auto_choice("sinkhorn", cost[:, :, :64]) == "triton"
 
 
 @pytest.mark.gpu
