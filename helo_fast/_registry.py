@@ -44,6 +44,13 @@ def only_on(device: str) -> Callable[[torch.Tensor], str | None]:
     return lambda tensor: None if is_on(tensor) else f"it runs on {device} tensors, got {tensor.device.type}"
 
 
+def triton_refuses(tensor: torch.Tensor) -> str | None:
+    """The ``refuses`` of Triton's kernels where any shape is served."""
+    if tensor.device.type != "cpu" or os.environ.get("TRITON_INTERPRET") == "1":
+        return None
+    return "it runs on cuda tensors, got cpu (TRITON_INTERPRET=1 runs its kernels on the CPU, slowly)"
+
+
 def _triton_unavailable() -> str | None:
     import importlib.util
 

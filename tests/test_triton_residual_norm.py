@@ -11,7 +11,7 @@ from helo_fast.ops.residual_norm import residual_norm
 from helo_fast.testing import assert_close, layouts, poisoned_memory
 
 SHAPES = [(2, 1), (3, 13), (9,), (5, 7, 128), (70, 4), (3, 300), (4, 1030)]  # one tile of each width, rows wider than a tile
-DTYPES = [(torch.float64, torch.float64), (torch.float32, torch.float32), (torch.bfloat16, torch.float32), (torch.float16, torch.float16)]
+DTYPES = [(torch.float64, torch.float64), (torch.float32, torch.float32), (torch.bfloat16, torch.float32)]
 
 
 @pytest.fixture
@@ -40,8 +40,7 @@ def results(inputs, grad_out, p, function=None):
     return [out.detach(), *torch.autograd.grad(out, inputs, grad_out)]
 
 
-@pytest.mark.parametrize("p", [0.0, 0.3])
-@pytest.mark.parametrize("dtype, parameters", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype, parameters, p", [(*DTYPES[1], 0.0), *((*dtypes, 0.3) for dtypes in DTYPES)], ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_values_against_float64(shape, dtype, parameters, p, device):
     inputs, grad_out = make(shape, device, dtype, parameters)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-
 import torch
 from torch import Tensor
 
@@ -43,17 +41,10 @@ def _triton_bwd(*arguments: object) -> tuple[Tensor, ...]:
     return kernels.lcd_attention_bwd(*tensors, scale, *_drawn(dropkey_p, dropout_p), bias_grad)
 
 
-def triton_refuses_device(tensor: Tensor) -> str | None:
-    """The ``refuses`` of Triton's kernels where any shape is served."""
-    if tensor.device.type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
-        return "it runs on cuda tensors, got cpu (TRITON_INTERPRET=1 runs its kernels on the CPU, slowly)"
-    return None
-
-
 def _triton_refuses(q: Tensor) -> str | None:
     if q.dim() == 4 and q.shape[-1] > 256:
         return f"it holds whole rows in registers: d may be 256 at most, got {q.shape[-1]}"
-    return triton_refuses_device(q)
+    return _registry.triton_refuses(q)
 
 
 _registry.register(

@@ -7,7 +7,6 @@ from torch import Tensor
 
 from ... import _registry
 from ..._registry import CPP, EAGER, TRITON, Adapter
-from ..attention.backends import triton_refuses_device
 from ..sinkhorn.reference import CONVERGED_BY_DEFAULT
 from . import reference
 
@@ -60,7 +59,7 @@ _TRITON = {**_EAGER, "fwd": _triton_fwd, "from_tokens_fwd": _triton_from_tokens_
 
 _registry.register(
     "gromov",
-    (Adapter(EAGER, _EAGER), Adapter(CPP, _CPP, _registry.only_on("cpu")), Adapter(TRITON, _TRITON, triton_refuses_device)),
+    (Adapter(EAGER, _EAGER), Adapter(CPP, _CPP, _registry.only_on("cpu")), Adapter(TRITON, _TRITON, _registry.triton_refuses)),
     # A GPU back end joins "cuda" with a results file from the hardware in benchmarks/results.
     auto={"cpu": ("cpp", "eager"), "cuda": ("eager",)},
 )

@@ -8,7 +8,6 @@ from torch import Tensor
 from ... import _registry
 from ..._registry import CPP, EAGER, TRITON, Adapter
 from ..attention import philox
-from ..attention.backends import triton_refuses_device
 from . import reference
 
 
@@ -50,7 +49,7 @@ _registry.register(
     (
         Adapter(EAGER, {"fwd": reference.fwd, "bwd": reference.bwd}),
         Adapter(CPP, {"fwd": _cpp_fwd, "bwd": _cpp_bwd}, _registry.only_on("cpu")),
-        Adapter(TRITON, {"fwd": _triton_fwd, "bwd": _triton_bwd}, triton_refuses_device),
+        Adapter(TRITON, {"fwd": _triton_fwd, "bwd": _triton_bwd}, _registry.triton_refuses),
     ),
     # A GPU back end joins "cuda" with a results file from the hardware in benchmarks/results.
     auto={"cpu": ("cpp", "eager"), "cuda": ("eager",)},

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-
 import torch
 from torch import Tensor
 
@@ -60,12 +58,6 @@ def _triton_implicit_bwd(cost: Tensor, *inputs_and_options: object) -> tuple[Ten
     return (kernels.sinkhorn_implicit_bwd if served else reference.implicit_bwd)(cost, *inputs_and_options)
 
 
-def _triton_refuses(cost: Tensor) -> str | None:
-    if cost.device.type != "cpu" or os.environ.get("TRITON_INTERPRET") == "1":
-        return None
-    return "it runs on cuda tensors, got cpu (TRITON_INTERPRET=1 runs its kernels on the CPU, slowly)"
-
-
 # The backwards as batched dense linear algebra and replays, which PyTorch runs on every device.
 _BACKWARDS = {"implicit_bwd": reference.implicit_bwd, "unrolled_bwd": reference.unrolled_bwd}
 
@@ -73,8 +65,8 @@ _registry.register(
     "sinkhorn",
     (
         Adapter(EAGER, {"fwd": reference.fwd, **_BACKWARDS}),
-        Adapter(TRITON, {"fwd": _triton_fwd, **_BACKWARDS, "implicit_bwd": _triton_implicit_bwd}, _triton_refuses),
         Adapter(CPP, {"fwd": _cpp_fwd, "implicit_bwd": _cpp_implicit_bwd, "unrolled_bwd": _cpp_unrolled_bwd}, _registry.only_on("cpu")),
+        Adapter(TRITON, {"fwd": _triton_fwd, **_BACKWARDS, "implicit_bwd": _triton_implicit_bwd}, _registry.triton_refuses),
         Adapter(CUDA, {"fwd": _cuda_fwd, **_BACKWARDS, "implicit_bwd": _cuda_implicit_bwd}, _registry.only_on("cuda")),
     ),
     # A GPU back end joins "cuda" with a results file from the hardware in benchmarks/results.
