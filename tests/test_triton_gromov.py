@@ -160,14 +160,44 @@ def test_empty_batch_and_half_precision(device):
     torch.testing.assert_close(half.plan, gromov_from_tokens(x, y, **FEW, backend="eager").plan)
 
 
-def test_gradients_are_those_of_eager(device):
-    gradients = []
-    for backend in ("triton", "eager"):
-        leaves = [t.to(device).requires_grad_() for t in (tokens(4, 5)["x"], tokens(4, 5)["y"])]
-        gromov_from_tokens(*leaves, **FEW, backend=backend).gw_cost.sum().backward()
-        gradients.append([leaf.grad for leaf in leaves])
-    for actual, expected in zip(*gradients):
-        torch.testing.assert_close(actual, expected)
+def gradients(function, arguments, dtype, device, backend, **options):
+    """Of every tensor but the masses."""
+    leaves = cast(arguments, dtype, device)
+    inputs = [leaf.requires_grad_() for name, leaf in leaves.items() if name not in "ab"]
+    gw_cost = function(**leaves, **FEW, **options, backend=backend).gw_cost
+    return torch.autograd.grad((gw_cost * torch.arange(1, len(gw_cost) + 1, device=device)).sum(), inputs)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("alpha", (0.4, 1.0))
+@pytest.mark.parametrize("n, m", [(1, 1), (7, 20), (36, 5)])
+def test_gradients_of_costs(n, m, alpha, dtype, device):
+    """Beyond 32 in float64, PyTorch serves."""
+    arguments = costs(n, m, asymmetric=True) | {"cost_xy": random(2, n, m, seed=5)}
+    with poisoned_memory(device):
+        actual = gradients(gromov_wasserstein, arguments, dtype, device, "triton", alpha=alpha)
+    eager = gradients(gromov_wasserstein, arguments, dtype, device, "eager", alpha=alpha)
+    exact = gradients(gromov_wasserstein, cast(arguments, dtype, device), torch.float64, device, "eager", alpha=alpha)
+    for name, *values in zip(("cost_x", "cost_y", "cost_xy"), actual, exact, eager):
+        assert_close(*values, name)
+
+
+def test_gradients_where_there_is_no_mass(device):
+    arguments = costs(7, 5)
+    for cost, mass, at in (("cost_x", "a", 2), ("cost_y", "b", 4)):
+        arguments[mass][:, 1] += arguments[mass][:, at]
+        arguments[mass][:, at] = 0
+        arguments[cost][:, at] = arguments[cost][:, :, at] = math.nan
+    d_x, d_y = gradients(gromov_wasserstein, arguments, torch.float64, device, "triton")
+    assert (d_x[:, 2] == 0).all() and (d_x[:, :, 2] == 0).all() and (d_y[:, 4] == 0).all() and (d_y[:, :, 4] == 0).all()
+    expected = gradients(gromov_wasserstein, arguments, torch.float64, device, "eager")
+    torch.testing.assert_close((d_x, d_y), expected, rtol=0, atol=1e-12)
+
+
+def test_gradients_of_tokens(device):
+    arguments = tokens(4, 5)
+    actual, expected = (gradients(gromov_from_tokens, arguments, torch.float64, device, name) for name in ("triton", "eager"))
+    torch.testing.assert_close(actual, expected)
 
 
 @pytest.mark.gpu

@@ -37,6 +37,13 @@ def _triton_from_tokens_fwd(
     return kernels.gromov_fwd(x, y, a, b, cost_xy, (threshold, over_batch), *solver, _converged_at(*solver))
 
 
+def _triton_bwd(cost_x: Tensor, cost_y: Tensor, plan: Tensor, *grad_and_options: object) -> tuple[Tensor, ...]:
+    from ...kernels import gromov_bwd as kernels
+
+    served = kernels.block(plan.shape[1], plan.shape[2], plan.dtype) is not None
+    return (kernels.gromov_bwd if served else reference.bwd)(cost_x, cost_y, plan, *grad_and_options)
+
+
 def _converged_at(*solver: object) -> float:
     tol = solver[-1]
     return CONVERGED_BY_DEFAULT if tol is None else tol
@@ -54,8 +61,8 @@ _CPP = {
     "bwd": _cpp("gromov_wasserstein_bwd"),
     "from_tokens_bwd": _cpp("gromov_from_tokens_bwd"),
 }
-# The plan has no gradient; that of the cost is a few products, PyTorch's.
-_TRITON = {**_EAGER, "fwd": _triton_fwd, "from_tokens_fwd": _triton_from_tokens_fwd}
+# The gradient of tokens, a few products and the extremes' shares, is PyTorch's.
+_TRITON = {**_EAGER, "fwd": _triton_fwd, "from_tokens_fwd": _triton_from_tokens_fwd, "bwd": _triton_bwd}
 
 _registry.register(
     "gromov",
