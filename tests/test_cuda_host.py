@@ -97,6 +97,13 @@ def solve(program, cost, a, b, options, history=False, kernel="registers", block
     return *values[:5], *values[6:], values[5]
 
 
+@pytest.mark.parametrize("flags", FLAGS)
+def test_split(flags, programs):
+    """Teams of 2 to 128 lanes: the sums over peers, and what their owners hand back."""
+    (mistakes,) = taken(run((programs("split", flags),)), ((4, 5), torch.int32))
+    assert not mistakes.any(), mistakes
+
+
 OPTIONS = {"epsilon": 0.1, "max_iter": 100, "tol": None, "check_every": 10, "tau_a": None, "tau_b": None}
 
 
@@ -186,12 +193,40 @@ def test_sinkhorn_problems_are_apart(kernel, programs):
             assert torch.equal(one, other), blocks
 
 
-def test_sinkhorn_without_any_mass(programs):
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("kernel", ("registers", "streaming"))
+def test_sinkhorn_masses_near_underflow(kernel, dtype, programs):
+    """Down to the smallest number above zero: each such row and column gets its mass, and nobody else notices."""
+    program = programs("sinkhorn", "plain")
+    generator = torch.Generator().manual_seed(3)
+    cost = torch.rand(2, 9, 7, generator=generator, dtype=torch.float64).to(dtype)
+    a, b = (hard_masses("random", 2, size, generator).to(dtype) for size in (9, 7))
+    smallest = torch.finfo(dtype).smallest_normal
+    for mass in (a, b):
+        mass[0, 0], mass[1, 2], mass[1, 3] = smallest * 1e3, smallest, smallest * torch.finfo(dtype).eps
+    for epsilon in (0.3, 1e-2):
+        actual, _ = compare(program, cost, a, b, f"at {epsilon}", kernel=kernel, epsilon=epsilon, max_iter=50)
+        torch.testing.assert_close(actual[0].sum(-1) / a, torch.ones_like(a), rtol=0.02, atol=0)
+        compare(program, cost, a, b, f"soft at {epsilon}", kernel=kernel, epsilon=epsilon, max_iter=30, tau_a=0.5, tau_b=1.0)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("kernel", ("registers", "streaming"))
+def test_sinkhorn_forbidden_pairs(kernel, dtype, programs):
+    """An infinite cost moves nothing, and transport_cost stays finite."""
+    cost = torch.rand(2, 9, 7, generator=torch.Generator().manual_seed(4), dtype=torch.float64).to(dtype)
+    cost[0, 2, 3] = cost[1, :3, 0] = torch.inf
+    actual, exact = compare(programs("sinkhorn", "plain"), cost, None, None, "infinite", kernel=kernel, epsilon=0.05)
+    assert torch.equal(actual[0] == 0, cost.isinf()) and exact[3].isfinite().all()
+
+
+@pytest.mark.parametrize("kernel", ("registers", "streaming"))
+def test_sinkhorn_without_any_mass(kernel, programs):
     program = programs("sinkhorn", "plain")
     a, b = torch.rand(3, 5), torch.rand(3, 4)
     a[0], b[1], b[2] = 0, 0, 0.25
     cost = torch.rand(3, 5, 4)
-    plan, f, g, transport_cost, error, n_iter, converged, _ = solve(program, cost, a, b, tuple(OPTIONS.values()), blocks=1)
+    plan, f, g, transport_cost, error, n_iter, converged, _ = solve(program, cost, a, b, tuple(OPTIONS.values()), kernel=kernel, blocks=1)
     assert (plan[:2] == 0).all() and f[:2].isneginf().all() and g[:2].isneginf().all() and (transport_cost[:2] == 0).all()
     assert torch.allclose(error[:2], b[:2].sum(-1)) and (n_iter == 100).all() and converged[:2].tolist() == [False, True]
     assert torch.allclose(plan[2].sum(-1), a[2], atol=1e-6), "the problem after them"
