@@ -5,6 +5,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tarfile
 import zipfile
 from pathlib import Path
 
@@ -16,21 +17,26 @@ from helo_fast import _native
 
 ROOT = Path(__file__).resolve().parents[1]
 OLDEST_TORCH = f"{(2 << 56) | (10 << 48)}ULL"
-SOURCES = ("helo_fast", "csrc", "kernels", "pyproject.toml", "setup.py", "README.md", "LICENSE")
+SOURCES = ("helo_fast", "csrc", "kernels", "pyproject.toml", "setup.py", "MANIFEST.in", "README.md", "LICENSE")
 
 
 def python(*arguments, **options):
     return subprocess.run([sys.executable, *arguments], capture_output=True, text=True, **options)
 
 
-def build_wheel(folder, **environment):
-    """A wheel from a copy of the sources; returns (completed process, wheel path or None)."""
+def copy_sources(folder):
     source = folder / "source"
     source.mkdir()
     for name in SOURCES:
         path = ROOT / name
         ignore = shutil.ignore_patterns("*.so", "__pycache__")
         shutil.copytree(path, source / name, ignore=ignore) if path.is_dir() else shutil.copy(path, source / name)
+    return source
+
+
+def build_wheel(folder, **environment):
+    """A wheel from a copy of the sources; returns (completed process, wheel path or None)."""
+    source = copy_sources(folder)
     command = ("-m", "pip", "wheel", str(source), "--no-deps", "--no-build-isolation", "-w", str(folder / "wheels"), "-v")
     done = python(*command, env={**os.environ, "HELO_FAST_CUDA": "0", **environment})
     return done, next(iter((folder / "wheels").glob("*.whl")), None)
@@ -74,6 +80,16 @@ def test_wheel_is_complete_and_runs(tmp_path):
     assert ran.returncode == 0, ran.stderr
     path, total = ran.stdout.split()
     assert path.startswith(str(tmp_path)) and float(total) == pytest.approx(2, abs=1e-5)
+
+
+def test_source_distribution_holds_all_that_is_compiled(tmp_path):
+    source = copy_sources(tmp_path)
+    done = python("setup.py", "-q", "sdist", cwd=source, env={**os.environ, "HELO_FAST_CUDA": "0"})
+    assert done.returncode == 0, done.stderr[-3000:]
+    with tarfile.open(next((source / "dist").glob("*.tar.gz"))) as archive:
+        names = {name.partition("/")[2] for name in archive.getnames()}
+    native = {str(path.relative_to(source)) for path in (source / "csrc").rglob("*") if path.is_file()}
+    assert {"csrc/cuda/team.h", "csrc/common/hd.h", "csrc/cpu/simd.h"} <= native <= names, native - names
 
 
 def test_without_a_compiler_the_package_installs_and_says_what_is_missing(tmp_path):
