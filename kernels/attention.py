@@ -10,7 +10,6 @@ Row strides are compile-time constants (a model has few), so that a tile's addre
 
 from __future__ import annotations
 
-import contextlib
 import math
 
 import torch
@@ -20,6 +19,7 @@ from torch import Tensor
 
 from . import philox
 from .attention_tile import DROPPED, STEP, TILES, block, compiler_options, logits, precision, product, readable, rounded, strides, tile
+from .device import device_guard
 from .variant import Variant
 
 
@@ -117,7 +117,7 @@ def lcd_attention_fwd(
     q, k, v = readable(q), readable(k), readable(v)
     bias = None if bias is None else readable(bias)
     tiles = tile(n, d, q.dtype)
-    with torch.cuda.device(q.device) if q.is_cuda else contextlib.nullcontext():
+    with device_guard(q):
         _fwd_kernel[(B * H * math.ceil(n / tiles["BLOCK"]),)](
             q,
             k,

@@ -12,7 +12,6 @@ bias, its gradient and the parts' sums.
 
 from __future__ import annotations
 
-import contextlib
 import math
 from dataclasses import dataclass
 
@@ -24,6 +23,7 @@ from torch import Tensor
 from . import philox
 from .attention import variant
 from .attention_tile import DROPPED, STEP, TILES, block, compiler_options, logits, precision, product, readable, rounded, strides, tile
+from .device import device_guard
 from .variant import Variant
 
 MOST_PARTS = 1024  # that add to one gradient
@@ -216,7 +216,6 @@ def _bwd_columns_kernel(
         w, ds = _slopes(s, slope, row_lse, row_delta, scale, rescale, decided)
         G = block(grad_out, grad_stride_n, i0, n, 0, d, STEP, BLOCK_D, PRECISION)
         dV = tl.dot(tl.trans(rounded(w, PRECISION)), G, dV, input_precision=PRECISION, out_dtype=dtype)
-        tl.debug_barrier()
         Q = block(q, q_stride_n, i0, n, 0, d, STEP, BLOCK_D, PRECISION)
         dK = tl.dot(tl.trans(rounded(ds, PRECISION)), Q, dK, input_precision=PRECISION, out_dtype=dtype)
 
@@ -286,7 +285,7 @@ def lcd_attention_bwd(
     chances = scale, rescale, drop_below, cut_below
     row_tile, column_tile = tile(n, d, q.dtype), tile(m, d, q.dtype)
     options = {"PRECISION": precision(q.dtype)}
-    with torch.cuda.device(q.device) if q.is_cuda else contextlib.nullcontext():
+    with device_guard(q):
         _bwd_rows_kernel[(parts.b_parts * parts.h_parts * math.ceil(n / row_tile["BLOCK"]),)](
             *(q, k, v, bias, seed, out, lse, grad_out, dq, dbias, delta),
             *(*read, *strides(out), *strides(grad_out), H * d),

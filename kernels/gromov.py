@@ -20,7 +20,8 @@ import triton.language as tl
 from torch import Tensor
 
 from . import gromov_costs
-from .gromov_costs import BLOCKS, block, compiler_options, cosine_cost, device_guard, load_mass
+from .device import device_guard
+from .gromov_costs import BLOCKS, block, compiler_options, cosine_cost, load_mass
 from .gromov_plan import gibbs, solve
 from .variant import Variant
 
@@ -87,14 +88,14 @@ def _with_mean(space, BLOCK: tl.constexpr):
     return (cost, stride_i, stride_j, mass, stride, size, cut, mean), mean
 
 
-@triton.jit(do_not_specialize=["n", "m", "outer_iter", "inner_iter", "powers", "symmetric", "fused", "thresholded"])
+@triton.jit(do_not_specialize=["n", "m", "outer_iter", "inner_iter", "powers", "fused", "from_tokens"])
 def _gromov_fwd_kernel(
     x,  # [B, n, n] costs, any strides, as of all others
     y,  # [B, m, m]
     a,  # [B, n]
     b,  # [B, m]
     cross,  # [B, n, m] if fused
-    low_x,  # [B], or of stride 0, if thresholded
+    low_x,  # [B], or of stride 0, if from_tokens
     high_x,
     low_y,
     high_y,
@@ -125,9 +126,8 @@ def _gromov_fwd_kernel(
     outer_iter,
     inner_iter,
     powers,  # 1 for IPOT, 0 for Sinkhorn
-    symmetric,
     fused,
-    thresholded,
+    from_tokens,  # costs are symmetric, and cut off at the threshold
     # A plain float would arrive as float32.
     threshold: tl.float64,
     alpha: tl.float64,
@@ -143,8 +143,8 @@ def _gromov_fwd_kernel(
     cross_weight = tl.full((), 1.0 - alpha, dtype)
     alpha = tl.full((), alpha, dtype)
     powers = powers != 0
-    one_product = powers | (symmetric != 0)  # Sinkhorn's G has another, C' T D
-    weight = tl.where(powers, alpha, tl.where(symmetric != 0, 2 * alpha, alpha))
+    one_product = powers | (from_tokens != 0)  # Sinkhorn's G has another, C' T D
+    weight = tl.where(powers, alpha, tl.where(from_tokens != 0, 2 * alpha, alpha))
 
     problem = tl.program_id(0).to(tl.int64)
     index = tl.arange(0, BLOCK)
@@ -154,7 +154,7 @@ def _gromov_fwd_kernel(
     a += problem * a_stride_b
     b += problem * b_stride_b
     cut_x, cut_y = tl.full((), float("-inf"), dtype), tl.full((), float("-inf"), dtype)
-    if thresholded != 0:
+    if from_tokens != 0:
         end = problem * end_stride_b
         bottom, top = tl.load(low_x + end), tl.load(high_x + end)
         cut_x = bottom + threshold * (top - bottom)
@@ -261,14 +261,14 @@ def gromov_fwd(
             *((0, 0, 0) if cross is None else cross.stride()),
             *(end_stride, *written.stride()),
             *(a.shape[1], b.shape[1], outer_iter, inner_iter),
-            *(int(method == "proximal"), int(tokens is not None), int(cross is not None), int(tokens is not None)),
+            *(int(method == "proximal"), int(cross is not None), int(tokens is not None)),
             0.0 if tokens is None else tokens[0],
             1.0 if cross is None else alpha,
             1.0 / epsilon,
             -1.0 if tol is None else tol,
             converged_at,
             BLOCK=BLOCK,
-            **compiler_options(BLOCK, x.dtype),
+            **compiler_options(BLOCK),
         )
     return outputs
 
@@ -285,5 +285,5 @@ def variants() -> list[Variant]:
             for BLOCK in sizes:
                 name = f"{kernel.__name__.strip('_')} {str(dtype).removeprefix('torch.')} {BLOCK}"
                 pointers = {name: types.get(name, dtype) for name in tensors}
-                found.append(Variant(name, kernel, pointers, ones | {"BLOCK": BLOCK}, compiler_options(BLOCK, dtype)))
+                found.append(Variant(name, kernel, pointers, ones | {"BLOCK": BLOCK}, compiler_options(BLOCK)))
     return found

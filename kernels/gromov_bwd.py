@@ -15,7 +15,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .gromov_costs import BLOCKS, SLICE, block, compiler_options, device_guard
+from .device import device_guard
+from .gromov_costs import BLOCKS, SLICE, block, compiler_options
 from .variant import Variant
 
 
@@ -116,7 +117,7 @@ def gromov_bwd(
             *(cost_x, cost_y, plan, grad_cost, d_x, d_y, d_xy if fused else plan),
             *(*strides, n, m, int(fused), alpha if fused else 1.0),
             BLOCK=BLOCK,
-            **compiler_options(BLOCK, plan.dtype),
+            **compiler_options(BLOCK),
         )
     return d_x, d_y, d_xy
 
@@ -132,7 +133,7 @@ def variants() -> list[Variant]:
             _gromov_bwd_kernel,
             dict.fromkeys(tensors, dtype),
             ones | {"BLOCK": BLOCK},
-            compiler_options(BLOCK, dtype),
+            compiler_options(BLOCK),
         )
         for dtype, sizes in BLOCKS.items()
         for BLOCK in sizes

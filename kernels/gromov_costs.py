@@ -11,12 +11,12 @@ Invariants: tokens of zero mass are never read; they count as zero tokens.
 
 from __future__ import annotations
 
-import contextlib
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from .device import device_guard
 
 BLOCKS = {torch.float32: (32, 64), torch.float64: (32,)}  # sides of the tile that holds a problem: a larger one spills registers
 NORM_FLOOR = tl.constexpr(1e-12)  # of a token, in its cosine cost
@@ -28,14 +28,10 @@ def block(n: int, m: int, dtype: torch.dtype) -> int | None:
     return next((size for size in BLOCKS[dtype] if size >= max(n, m)), None)
 
 
-def compiler_options(BLOCK: int, dtype: torch.dtype) -> dict[str, int | bool]:
+def compiler_options(BLOCK: int) -> dict[str, int | bool]:
     """Warps, so that a thread holds 8 or 16 entries of a tile."""
     # Registers and fp fusion are named because ptxas spills a little without the one, and versions of Triton differ in the other.
     return {"num_warps": BLOCK // 8, "num_stages": 1, "maxnreg": 255, "enable_fp_fusion": True}
-
-
-def device_guard(tensor: Tensor) -> contextlib.AbstractContextManager:
-    return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
 
 
 @triton.jit
@@ -113,6 +109,6 @@ def cosine_cost(x: Tensor, y: Tensor, a: Tensor, b: Tensor) -> tuple[Tensor, Ten
     BLOCK = block(n, m, x.dtype)
     strides = *x.stride(), *y.stride(), *a.stride(), *b.stride()
     with device_guard(x):
-        options = compiler_options(BLOCK, x.dtype)
+        options = compiler_options(BLOCK)
         _cosine_kernel[(batch,)](x, y, a, b, cost, low, high, *strides, n, m, x.shape[2], BLOCK=BLOCK, **options)
     return cost, low, high

@@ -15,7 +15,6 @@ compile-time constant (a model has few), so that a tile's addresses fold into on
 
 from __future__ import annotations
 
-import contextlib
 import math
 
 import torch
@@ -24,6 +23,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import philox
+from .device import device_guard
 from .variant import Variant
 
 BLOCKS_D = (128, 1024)
@@ -219,7 +219,7 @@ def residual_norm_fwd(
         return out, mean, rstd
     tiles = tile(D)
     x, y, weight, bias = (t.contiguous() for t in (x, y, weight, bias))
-    with torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext():
+    with device_guard(x):
         _fwd_kernel[(math.ceil(rows / tiles["ROWS"]),)](
             *(x, y, weight, bias, seed, out, mean, rstd, rows, eps, rescale, cut_below), **tiles, **compiler_options(x.dtype)
         )
@@ -249,7 +249,7 @@ def residual_norm_bwd(
     parts = math.ceil(blocks / blocks_per_part)
     sums = mean.new_empty(parts, 2, D)
     grad_out, x, y, weight, mean, rstd = (t.contiguous() for t in (grad_out, x, y, weight, mean, rstd))
-    with torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext():
+    with device_guard(x):
         _bwd_kernel[(parts,)](
             *(grad_out, x, y, weight, mean, rstd, seed, dx, dy, sums),
             *(rows, blocks_per_part * tiles["ROWS"], rescale, cut_below),

@@ -16,7 +16,6 @@ Offsets into tensors are 64-bit.
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 
 import torch
@@ -25,6 +24,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import sinkhorn_stream
+from .device import device_guard
 from .variant import Variant
 
 FOLD = tl.constexpr(4)
@@ -199,7 +199,7 @@ def sinkhorn_fwd(
     kappas = (1.0 if tau is None else tau / (tau + epsilon) for tau in (tau_a, tau_b))
     slopes = (0.0 if tau is None else epsilon / tau for tau in (tau_a, tau_b))
     numbers = epsilon, -1.0 / epsilon, -1.0 if tol is None else tol, *kappas, *slopes
-    with torch.cuda.device(cost.device) if cost.is_cuda else contextlib.nullcontext():
+    with device_guard(cost):
         if not fits(n, m, cost.dtype):
             sinkhorn_stream.launch(cost, a, b, outputs, counts, numbers)
             return outputs

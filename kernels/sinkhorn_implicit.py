@@ -17,7 +17,6 @@ Invariants: padding, and rows and columns without mass, are 0 in T, whatever sta
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 
 import torch
@@ -25,6 +24,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .device import device_guard
 from .variant import Variant
 
 STEP = tl.constexpr(16)
@@ -219,7 +219,7 @@ def sinkhorn_implicit_bwd(
     (mass_far, grad_far, d_far, lambda_far), (mass_near, grad_near, d_near, lambda_near) = reversed(sides) if m > n else sides
     far, near = matrices[0].shape[1:]
     NEAR = max(SIZES[0], triton.next_power_of_2(near))
-    with torch.cuda.device(plan.device) if plan.is_cuda else contextlib.nullcontext():
+    with device_guard(plan):
         _sinkhorn_implicit_kernel[(batch,)](
             cost,
             mass_far,
