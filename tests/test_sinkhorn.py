@@ -81,6 +81,18 @@ def test_zero_mass_gives_exact_zeros(backend, device_for):
     assert torch.allclose(result.plan.sum(-1), arguments["a"], atol=1e-6)
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("m", (7, 40))
+def test_infinite_cost_forbids_a_pair(m, backend, device_for):
+    cost = torch.rand(2, 9, m, generator=torch.Generator().manual_seed(m))
+    cost[0, 2, 3] = cost[1, :3, 0] = cost[1, 8, m - 1] = math.inf
+    result = sinkhorn(cost.to(device_for("sinkhorn", backend)), backend=backend)
+    exact = sinkhorn(cost.double(), backend="eager")
+    assert torch.equal(result.plan.cpu() == 0, cost.isinf())
+    for name in ("plan", "f", "g", "transport_cost"):
+        torch.testing.assert_close(getattr(result, name).cpu().double(), getattr(exact, name), atol=1e-5, rtol=1e-5)
+
+
 @pytest.mark.parametrize("backend", ("eager", "cpp"))
 def test_ragged_equals_each_problem_alone(backend, device_for):
     arguments = SINKHORN_CASES["ragged"](torch.float64, device_for("sinkhorn", backend))

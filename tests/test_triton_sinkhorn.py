@@ -180,11 +180,21 @@ def test_implicit_gradient_against_float64(case, dtype, device_for):
             check_gradients("sinkhorn_implicit_bwd", arguments, names, device, case)
 
 
-@pytest.mark.parametrize("op", ("sinkhorn_implicit_bwd",))
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", [case for case in SINKHORN_CASES if case not in ("square", "tall")])  # which are PyTorch's: too large
+def test_unrolled_gradient_against_float64(case, dtype, device_for):
+    device = device_for("sinkhorn", "triton")
+    arguments = SINKHORN_CASES[case](dtype, device)
+    arguments["max_iter"] = min(arguments.get("max_iter", 100), 6)
+    for names in (("plan",), OUTPUTS) if case != "rectangular" else (("f",), ("g",), ("transport_cost",)):
+        check_gradients("sinkhorn_unrolled_bwd", arguments, names, device, case)
+
+
+@pytest.mark.parametrize("op", ("sinkhorn_implicit_bwd", "sinkhorn_unrolled_bwd"))
 def test_gradient_reads_any_strides(op, device_for):
     device = device_for("sinkhorn", "triton")
     for shape in ((7, 5), (5, 7)):
-        arguments = _problem(2, *shape, marginals=True)(torch.float64, device)
+        arguments = _problem(2, *shape, max_iter=4, marginals=True)(torch.float64, device)
         expected = gradients_of(op, arguments, OUTPUTS, "triton")
         inputs = [list(layouts(arguments[k])) for k in ("cost", "a", "b")]
         for (name, cost), (_, a), (_, b) in zip(*inputs):

@@ -174,7 +174,7 @@ HELO_FAST_INLINE void SinkhornSolver<scalar>::write_bricks(Slice& slice, int64_t
 #pragma GCC unroll 4
     for (int64_t p = 0; p < P::count; ++p) {
       const full each = u[p] * rows[p] * v_j;
-      spent += each * load<full>(cost[p] + j);
+      spent += each > 0 ? each * load<full>(cost[p] + j) : full{};  // a cost may be infinite where there is nothing to pay
       store(to[p] + j, each);
     }
   }
@@ -184,7 +184,7 @@ HELO_FAST_INLINE void SinkhornSolver<scalar>::write_bricks(Slice& slice, int64_t
     const int64_t j = c * width;
     for (int64_t p = 0; p < P::count; ++p) {
       const piece each = u[p] * load<piece>(K + c * step + p * width) * load<piece>(v + j);
-      pieces[p] += each * load<piece>(cost[p] + j);
+      pieces[p] += each > 0 ? each * load<piece>(cost[p] + j) : piece{};
       if (j + width <= m_)
         store(to[p] + j, each);
       else

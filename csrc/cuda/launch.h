@@ -3,9 +3,7 @@
 
 #include <cuda_runtime.h>
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
-#include <torch/csrc/stable/macros.h>
 #include <torch/headeronly/util/Exception.h>
-#include <torch/headeronly/util/shim_utils.h>
 
 #include <cstdint>
 
@@ -17,7 +15,8 @@ namespace helo_fast {
 inline cudaStream_t current_stream(int32_t device_index) {
   STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream != nullptr, "helo_fast._C_cuda needs a CUDA build of torch");
   void* stream = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device_index, &stream));
+  const AOTITorchError error = aoti_torch_get_current_cuda_stream(device_index, &stream);  // 0: it worked, in every version
+  STD_TORCH_CHECK(error == 0, "cannot read torch's current stream on device ", device_index);
   return static_cast<cudaStream_t>(stream);
 }
 

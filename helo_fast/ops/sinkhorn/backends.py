@@ -58,6 +58,13 @@ def _triton_implicit_bwd(cost: Tensor, *inputs_and_options: object) -> tuple[Ten
     return (kernels.sinkhorn_implicit_bwd if served else reference.implicit_bwd)(cost, *inputs_and_options)
 
 
+def _triton_unrolled_bwd(cost: Tensor, *inputs_and_options: object) -> tuple[Tensor, ...]:
+    from ...kernels import sinkhorn_unrolled as kernels
+
+    served = kernels.tile_for(*cost.shape[1:]) is not None
+    return (kernels.sinkhorn_unrolled_bwd if served else reference.unrolled_bwd)(cost, *inputs_and_options)
+
+
 # The backwards as batched dense linear algebra and replays, which PyTorch runs on every device.
 _BACKWARDS = {"implicit_bwd": reference.implicit_bwd, "unrolled_bwd": reference.unrolled_bwd}
 
@@ -66,7 +73,11 @@ _registry.register(
     (
         Adapter(EAGER, {"fwd": reference.fwd, **_BACKWARDS}),
         Adapter(CPP, {"fwd": _cpp_fwd, "implicit_bwd": _cpp_implicit_bwd, "unrolled_bwd": _cpp_unrolled_bwd}, _registry.only_on("cpu")),
-        Adapter(TRITON, {"fwd": _triton_fwd, **_BACKWARDS, "implicit_bwd": _triton_implicit_bwd}, _registry.triton_refuses),
+        Adapter(
+            TRITON,
+            {"fwd": _triton_fwd, "implicit_bwd": _triton_implicit_bwd, "unrolled_bwd": _triton_unrolled_bwd},
+            _registry.triton_refuses,
+        ),
         Adapter(CUDA, {"fwd": _cuda_fwd, **_BACKWARDS, "implicit_bwd": _cuda_implicit_bwd}, _registry.only_on("cuda")),
     ),
     # A GPU back end joins "cuda" with a results file from the hardware in benchmarks/results.
