@@ -1,9 +1,10 @@
 """Everything that a GPU is needed for, in one run of nine minutes at most: ``python -m benchmarks.gpu_check``.
 
-Builds, tests, sanitises and benchmarks in parts, each a process of its own with a budget of time: one that fails or runs out of time
-keeps what it has measured and does not keep the others from running. Writes <gpu>-<date>.json after every part, into $OUT if that is
-set and else into benchmarks/results, and prints the tables at the end. Needs torch, Triton, pytest and nvcc, and downloads nothing.
-The card's settings are read, never changed. Exit status 1 if a part failed or ran out of time.
+Builds, benchmarks, tests and sanitises in parts, each a process of its own with a budget of time: one that fails or runs out of time
+keeps what it has measured and does not keep the others from running. What measures runs alone and first. Writes <gpu>-<date>.json while
+the parts run and after each, into $OUT if that is set and else into benchmarks/results, and prints the tables at the end. Needs torch,
+Triton, pytest and nvcc, and downloads nothing. The card's settings are read, never changed. Exit status 1 if a part failed or ran out
+of time.
 """
 
 from __future__ import annotations
@@ -30,8 +31,11 @@ ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 SECONDS = 540  # of a whole run
 LEAST = 5  # seconds: a part is not begun with less
+PAUSE, TICK = 0.1, 5  # seconds between looks at the parts that run, and between writing what they have found so far
 CANNOT = 77  # exit status of a part that cannot run here; its last row holds the reason
 LOG = 6000  # characters of a part's output that are kept if it is not well
+# JAX, which POT imports where it is installed, would take most of the GPU's memory, in each process.
+ENVIRONMENT = {f"POT_BACKEND_DISABLE_{name}": "1" for name in ("JAX", "TENSORFLOW", "CUPY")} | {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
 
 
 @dataclass(frozen=True)
@@ -42,62 +46,100 @@ class Part:
     seconds: int  # at most
     command: tuple[str, ...]
     skip: str | None = None  # why it is not run
+    alongside: bool = False  # begins with the part before it
 
 
 def parts(device: str, quick: bool, chosen: list[str] | None = None) -> list[Part]:
-    """In order; the last has what time the others leave."""
+    """In order, what matters most first; the last ones have what time the others leave."""
     needs_gpu = None if device == "cuda" else "it is for a GPU"
     plan = {
-        "environment": (20, None),
-        "build": (90, needs_gpu or ("a quick run takes what is built" if quick else None)),
-        "tests": (120, needs_gpu),
-        "memcheck": (40, needs_gpu),
-        "racecheck": (40, needs_gpu),
-        "ops": (100, None),
-        "steps": (80, None),
-        "batch": (40, None),
-        "suite": (SECONDS, needs_gpu or ("not part of a quick run" if quick else None)),
+        "environment": (20, False, None),
+        "build": (110, False, needs_gpu or ("a quick run takes what is built" if quick else None)),
+        "ops": (85, False, None),
+        "steps": (110, False, None),
+        "batch": (45, False, None),
+        "tests": (130, False, needs_gpu),
+        "smallest": (130, True, needs_gpu),  # it also compiles, for the sanitizers, under which compiling is slow
+        "memcheck": (120, False, needs_gpu),
+        "racecheck": (120, True, needs_gpu),
+        "suite": (SECONDS, True, needs_gpu or ("not part of a quick run" if quick else None)),
     }
     found = []
-    for name, (seconds, skip) in plan.items():
+    for name, (seconds, alongside, skip) in plan.items():
         command = (sys.executable, "-m", "benchmarks.gpu_parts", name, "--device", device, *(["--quick"] if quick else []))
         if chosen and name not in chosen and name != "environment":
             skip = "not asked for"
-        found.append(Part(name, seconds, command, skip))
+        found.append(Part(name, seconds, command, skip, alongside))
     return found
 
 
-def run_part(part: Part, seconds: float) -> dict:
-    """{"status": "ok", "failed", "timed out" or "not run", "seconds", "rows", and where it is not well "reason" and "log"}."""
-    if part.skip is not None:
-        return {"status": "not run", "seconds": 0.0, "reason": part.skip, "rows": []}
-    budget = min(part.seconds, seconds)
-    if budget < LEAST:
-        return {"status": "not run", "seconds": 0.0, "reason": "the run's time is used up", "rows": []}
-    start = time.monotonic()
-    with tempfile.TemporaryDirectory() as folder:
-        rows, log = Path(folder) / "rows", Path(folder) / "log"
-        with log.open("wb") as output:
+def groups(plan: list[Part]) -> list[list[Part]]:
+    """Parts that run at the same time."""
+    found: list[list[Part]] = []
+    for part in plan:
+        if part.alongside and found:
+            found[-1].append(part)
+        else:
+            found.append([part])
+    return found
+
+
+class Running:
+    """A part from its start on, with at most ``seconds`` for it; ``found`` is what the results hold of it.
+
+    That is {"status": "running", "ok", "failed", "timed out" or "not run", "seconds", "rows", and where it is not well "reason" and "log"}.
+    """
+
+    def __init__(self, part: Part, seconds: float, folder: Path):
+        self.name, self.start, self.budget = part.name, time.monotonic(), min(part.seconds, seconds)
+        self.rows, self.log = folder / f"{part.name}.rows", folder / f"{part.name}.log"
+        self.child = None
+        reason = part.skip or ("the run's time is used up" if self.budget < LEAST else None)
+        if reason is not None:
+            self.found = {"status": "not run", "seconds": 0.0, "reason": reason, "rows": []}
+            return
+        with self.log.open("wb") as output:
             # a session of its own, to be ended with all that it has started
-            command = [*part.command, f"{budget:.0f}", str(rows)]
-            child = subprocess.Popen(command, cwd=ROOT, stdout=output, stderr=subprocess.STDOUT, start_new_session=True)
-            try:
-                status = child.wait(budget)
-            except subprocess.TimeoutExpired:
-                status = None
-            finally:
-                with contextlib.suppress(ProcessLookupError):
-                    os.killpg(child.pid, signal.SIGKILL)
-                child.wait()
-        found = _read(rows)
-        text = log.read_text(errors="replace")
-    result = {"seconds": round(time.monotonic() - start, 1), "rows": gpu_report.condense(found)}
-    if status == 0:
-        return {"status": "ok", **result}
-    if status == CANNOT:
-        return {"status": "not run", **result, "reason": found.pop()["reason"] if found else "it does not say why", "log": text[-LOG:]}
-    reason = f"ran out of its {budget:.0f} s" if status is None else f"exit status {status}"
-    return {"status": "timed out" if status is None else "failed", **result, "reason": reason, "log": text[-LOG:]}
+            self.child = subprocess.Popen(
+                [*part.command, f"{self.budget:.0f}", str(self.rows)],
+                cwd=ROOT,
+                env=os.environ | ENVIRONMENT,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+        self.found = self.so_far("running")
+
+    def ended(self) -> bool:
+        """Whether it is over, by itself or because its time is."""
+        if self.child is None:
+            return True
+        status = self.child.poll()
+        if status is None and time.monotonic() < self.start + self.budget:
+            return False
+        self.end()
+        if status == 0:
+            self.found = self.so_far("ok")
+        elif status == CANNOT:
+            rows = _read(self.rows)
+            self.found = self.so_far("not run", rows.pop()["reason"] if rows else "it does not say why", rows)
+        elif status is None:
+            self.found = self.so_far("timed out", f"ran out of its {self.budget:.0f} s")
+        else:
+            self.found = self.so_far("failed", f"exit status {status}")
+        return True
+
+    def end(self) -> None:
+        """With all that it has started."""
+        if self.child is not None:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self.child.pid, signal.SIGKILL)
+            self.child.wait()
+
+    def so_far(self, status: str, reason: str | None = None, rows: list[dict] | None = None) -> dict:
+        rows = _read(self.rows) if rows is None else rows
+        found = {"status": status, "seconds": round(time.monotonic() - self.start, 1), "rows": gpu_report.condense(rows)}
+        return found if reason is None else {**found, "reason": reason, "log": self.log.read_text(errors="replace")[-LOG:]}
 
 
 def _read(path: Path) -> list[dict]:
@@ -107,15 +149,39 @@ def _read(path: Path) -> list[dict]:
 
 
 def run(plan: list[Part], seconds: float, path: Callable[[dict], Path], **facts: object) -> tuple[dict, Path]:
-    """The result of all parts, and where it was written after each of them."""
+    """The result of all parts, and where it was written while they ran and after each of them."""
     end = time.monotonic() + seconds
     result = {**facts, "started": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"), "parts": {}}
-    for part in plan:
-        print(f"{part.name} ...", flush=True)
-        found = result["parts"][part.name] = run_part(part, end - time.monotonic())
-        print(f"{part.name}: {gpu_report.line(found)}", flush=True)
-        write(path(result), result)
+    with tempfile.TemporaryDirectory() as folder:
+        for group in groups(plan):
+            print(f"{', '.join(part.name for part in group)} ...", flush=True)
+            running: list[Running] = []
+            try:
+                for part in group:
+                    running.append(Running(part, end - time.monotonic(), Path(folder)))
+                _follow(running, result, path)
+            finally:
+                for child in running:
+                    child.end()
     return result, path(result)
+
+
+def _follow(running: list[Running], result: dict, path: Callable[[dict], Path]) -> None:
+    """Until all have ended: their results into ``result``, and that into its file, which so holds what they found whatever happens."""
+    left, written = list(running), time.monotonic()
+    result["parts"].update({part.name: part.found for part in running})
+    while left:
+        ended = [part for part in left if part.ended()]
+        left = [part for part in left if part not in ended]
+        for part in ended:
+            result["parts"][part.name] = part.found
+            print(f"{part.name}: {gpu_report.line(part.found)}", *gpu_report.failed_tests(part.found["rows"]), sep="\n  ", flush=True)
+        if ended or time.monotonic() > written + TICK:
+            result["parts"].update({part.name: part.so_far("running") for part in left})
+            write(path(result), result)
+            written = time.monotonic()
+        if left:
+            time.sleep(PAUSE)
 
 
 def write(path: Path, result: dict) -> None:
@@ -168,6 +234,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--parts", nargs="+", choices=[part.name for part in parts("cuda", False)], help="these and environment only")
     parser.add_argument("--commit", help="what is checked, where this is no git checkout")
     options = parser.parse_args(arguments)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that the parts are ended too
     folder = Path(os.environ["OUT"]) if os.environ.get("OUT") else None
     facts = {"commit": options.commit or commit(), "device": options.device, "quick": options.quick, "chosen": options.parts or []}
     with kernels_importable():

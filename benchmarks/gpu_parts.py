@@ -36,6 +36,7 @@ GPU_TESTS = (
     "golden",
 )
 REQUIRED = ("cuda", "triton")  # back ends that must serve
+MOST_WORKERS = 14  # of pytest: each takes some of the GPU's memory
 OPTIONAL = "ot"  # tests of files that import it run, but for those that use it
 CARD = (
     "name",
@@ -118,14 +119,14 @@ def build(options: argparse.Namespace, rows: Rows) -> int:
 
     architecture = ".".join(map(str, torch.cuda.get_device_capability()))
     variables = {"HELO_FAST_CUDA": "1", "TORCH_CUDA_ARCH_LIST": os.environ.get("TORCH_CUDA_ARCH_LIST") or architecture}
-    done = subprocess.run((sys.executable, "setup.py", "build_ext", "--inplace"), cwd=ROOT, env=os.environ | variables)
+    done = subprocess.run((sys.executable, "setup.py", "build_ext", "--inplace", "-j", "2"), cwd=ROOT, env=os.environ | variables)
     built = sorted(path.name for path in (ROOT / "helo_fast").glob("*.so"))
     ask = "import json; from helo_fast import _registry; print(json.dumps(_registry.describe()['backends']))"
     asked = subprocess.run((sys.executable, "-c", ask), cwd=ROOT, capture_output=True, text=True)
     print(asked.stderr)
     states = json.loads(asked.stdout) if asked.returncode == 0 else {}
     missing = [f"{name}: {states.get(name)}" for name in ("cpp", *REQUIRED) if states.get(name) != "available"]
-    rows.add(architectures=variables["TORCH_CUDA_ARCH_LIST"], built=built, backends=states, failed=bool(missing), missing=missing)
+    rows.add(architectures=variables["TORCH_CUDA_ARCH_LIST"], built=built, backends=states, failed=bool(missing), reason="; ".join(missing))
     return done.returncode
 
 
@@ -147,8 +148,8 @@ def test(options: argparse.Namespace, rows: Rows) -> int:
     arguments = ["-q", "-p", "no:cacheprovider", "--skip-absent", OPTIONAL]
     arguments += [word for name in REQUIRED for word in ("--require-backend", name)] if options.name == "tests" else []
     if importlib.util.find_spec("xdist"):
-        arguments += ["-n", str(min(max((os.cpu_count() or 2) // 2, 1), 8))]
-    os.environ.setdefault("OMP_NUM_THREADS", "2")
+        arguments += ["-n", str(min(max((os.cpu_count() or 2) - 2, 1), MOST_WORKERS))]
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
     return int(pytest.main([*chosen, *arguments], plugins=[Reporter(rows)]))
 
 
@@ -169,7 +170,7 @@ class Reporter:
     def _add(self, report) -> None:
         reason = None
         if report.outcome == "failed":
-            reason = report.longreprtext[-2000:]
+            reason = report.longreprtext[-4000:]
         elif report.outcome == "skipped":
             reason = report.longrepr[2].removeprefix("Skipped: ") if isinstance(report.longrepr, tuple) else "expected to fail"
         self.rows.add(test=report.nodeid, outcome=report.outcome, reason=reason)
@@ -205,14 +206,20 @@ def sanitize(options: argparse.Namespace, rows: Rows) -> int:
     command += [sys.executable, "-m", "benchmarks.gpu_parts", "smallest", str(options.seconds), str(rows.path)]
     # Without torch's caching of memory, so that the end of a tensor is the end of an allocation.
     variables = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
-    done = subprocess.run(command, cwd=ROOT, env=os.environ | variables, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    print(done.stdout)
-    if "Device not supported" in done.stdout:
+    printed = []
+    with subprocess.Popen(
+        command, cwd=ROOT, env=os.environ | variables, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace"
+    ) as child:
+        for line in child.stdout:  # at once, so that the log has it if time runs out
+            print(line, end="", flush=True)
+            printed.append(line)
+    if any("Device not supported" in line for line in printed):
         return rows.cannot("compute-sanitizer does not support this device here")
-    summary = re.findall(r"=+ ((?:ERROR|RACECHECK) SUMMARY: .*)", done.stdout)
-    clean = done.returncode == 0 and bool(summary)
-    rows.add(tool=tool, kernels=names, summary=summary, failed=not clean)
-    return done.returncode
+    summary = re.findall(r"=+ ((?:ERROR|RACECHECK) SUMMARY: .*)", "".join(printed))
+    clean = child.returncode == 0 and bool(summary)
+    reason = None if clean else f"{tool}: {summary[-1] if summary else 'no summary'}, exit status {child.returncode}"
+    rows.add(tool=tool, kernels=names, summary=summary, failed=not clean, reason=reason)
+    return child.returncode
 
 
 def kernel_names() -> list[str]:
@@ -227,7 +234,10 @@ def kernel_names() -> list[str]:
 
 
 def smallest(options: argparse.Namespace, rows: Rows) -> int:
-    """Forward and backward of every operator on every GPU back end that serves it, at sizes that leave parts of tiles empty."""
+    """Forward and backward of every operator on every GPU back end that serves it, at sizes that leave parts of tiles empty.
+
+    By itself it also fills Triton's cache for the sanitizers, under which compiling takes minutes.
+    """
     import torch
 
     import helo_fast
@@ -267,15 +277,24 @@ def smallest(options: argparse.Namespace, rows: Rows) -> int:
             for r, d in ((3, 5), (17, 200))
         )
 
-    for op, run in {"sinkhorn": sinkhorn, "gromov": gromov, "lcd_attention": lcd_attention, "residual_norm": norm}.items():
-        for backend in REQUIRED if options.device == "cuda" else ("cpp",):
+    for backend in REQUIRED if options.device == "cuda" else ("cpp",):
+        serves = False
+        for op, run in {"sinkhorn": sinkhorn, "gromov": gromov, "lcd_attention": lcd_attention, "residual_norm": norm}.items():
             reason = _registry._refusal(op, backend, torch.empty(0, device=options.device))
-            if reason is None:
-                run(backend).backward()
-                if options.device == "cuda":
-                    torch.cuda.synchronize()
-            rows.add(op=op, backend=backend, ran=reason is None, reason=reason)
-    return 0
+            if reason is not None:
+                rows.add(op=op, backend=backend, ran=False, reason=reason)
+                continue
+            serves = True
+            try:
+                total = run(backend)
+                total.backward()
+                failed = None if total.isfinite() else f"the sum of its answers is {total.item()}"
+            except Exception as error:
+                failed = f"{type(error).__name__}: {error}"[:500]
+            rows.add(op=op, backend=backend, ran=True, failed=failed is not None, reason=failed)
+        if not serves:
+            rows.add(backend=backend, failed=True, reason="it serves no operator here")
+    return int(rows.failed)
 
 
 def ops(options: argparse.Namespace, rows: Rows) -> int:
@@ -293,8 +312,8 @@ def ops(options: argparse.Namespace, rows: Rows) -> int:
 def steps(options: argparse.Namespace, rows: Rows) -> int:
     from . import gpu_steps
 
-    sizes, each = ((4,), 0.05) if options.quick else ((128, 8192), 0.5)
-    for row in gpu_steps.measure(sizes, options.device, each, options.quick):
+    sizes, each = ((4,), 0.05) if options.quick else ((128, 8192), 0.4)
+    for row in gpu_steps.measure(sizes, options.device, each, options.quick, options.seconds):
         rows.add(**row)
     return 0
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable
 
-FAILURES = 50  # of tests, kept with their messages
+FAILURES = 50  # of tests, kept with their whole messages
 # (case, against) -> how many times faster; of a training step (batch, mode) -> how many times faster than the eager step run plainly
 TARGETS = {
     ("sinkhorn B8192 n36", "pot"): 50,
@@ -20,6 +20,9 @@ FLOOR_TARGETS = {"sinkhorn B8192 n36": 3}
 STEP_TARGETS = {(128, "plain"): 10, (8192, "plain"): 4, (128, "graph"): 20}
 MEMORY_TARGETS = {8192: 8}
 BATCH_TARGET = 8
+LAUNCHES_TARGET = 60  # of a step with its optimiser's
+WHO = ("case", "op", "backend", "batch", "member", "mode", "dtype")  # what a row is about
+COUNTS = ("kernels", "launches", "kernels_with_adam", "launches_with_adam")
 OWN = ("triton", "cuda", "cpp", "triton first", "cuda first", "cpp first")
 _MISS = "-"
 
@@ -33,8 +36,27 @@ def condense(rows: list[dict]) -> list[dict]:
     failed = [row for row in tests if row["outcome"] == "failed"]
     skipped = Counter(row["reason"] for row in tests if row["outcome"] == "skipped")
     counts = Counter(row["outcome"] for row in tests)
-    kept = [{"test": row["test"], "reason": row["reason"]} for row in failed[:FAILURES]]
+    kept = [{"test": row["test"], "line": message(row["reason"])} for row in failed]
+    for short, row in zip(kept[:FAILURES], failed):
+        short["reason"] = row["reason"]
     return [*rest, {"tests": dict(counts), "failures": kept, "skipped": dict(skipped.most_common())}]
+
+
+def message(reason: str) -> str:
+    """A failed test's error and where it was raised, in a line, from pytest's long report of it."""
+    lines = [line for line in reason.splitlines() if line.strip()] or ["no reason is given"]
+    marked = [line.startswith("E  ") for line in lines]
+    # of an error of several lines the first; of a chain of errors the last
+    begins = [i for i, mark in enumerate(marked) if mark and not (i and marked[i - 1])]
+    error = f"{lines[begins[-1]][1:].strip()} ({lines[-1].strip()})" if begins else lines[-1].strip()
+    return error[:300]
+
+
+def failed_tests(rows: list[dict]) -> list[str]:
+    """A line for each of the first; the results have all."""
+    lines = [f"{failure['test']}: {failure['line']}" for row in rows for failure in row.get("failures", [])]
+    more = [f"and {len(lines) - FAILURES} more failures"] if len(lines) > FAILURES else []
+    return lines[:FAILURES] + more
 
 
 def line(part: dict) -> str:
@@ -64,7 +86,7 @@ def tables(result: dict) -> list[str]:
     ]
     lines += ["", *align([("part", "result"), *((name, line(part)) for name, part in parts.items())])]
     for name in ("tests", "suite"):
-        lines += [f"{failure['test']}: failed" for row in rows.get(name, []) for failure in row.get("failures", [])]
+        lines += failed_tests(rows.get(name, []))
     for title, made in (
         ("Operators", operators(rows.get("ops", []))),
         ("Training step, released preset", steps(rows.get("steps", []))),
@@ -72,8 +94,9 @@ def tables(result: dict) -> list[str]:
     ):
         if len(made) > 1:
             lines += ["", title, *align(made)]
-    reasons = [row for name in ("ops", "steps", "batch") for row in rows.get(name, []) if "reason" in row]
-    lines += [""] * bool(reasons) + [f"{row.get('case', 'training')}, {_who(row)}: {row['reason']}" for row in reasons]
+    measured = ("ops", "steps", "batch")
+    reasons = [(name, row) for name in rows for row in rows[name] if row.get("reason") and (name in measured or row.get("failed"))]
+    lines += [""] * bool(reasons) + [f"{_who(name, row)}: {row['reason']}" for name, row in reasons]
     return lines
 
 
@@ -95,16 +118,22 @@ def operators(rows: list[dict]) -> list[tuple]:
 
 
 def steps(rows: list[dict]) -> list[tuple]:
-    table = [("B", "member", "mode", "ms", "kernels", "launches", "peak MiB", "times faster than eager", "less memory")]
-    found = {(row["batch"], row["member"], row["mode"]): row for row in rows if "median_ms" in row}
-    for (batch, member, mode), row in found.items():
-        eager, faster, less = found.get((batch, "eager", "plain")), _MISS, _MISS
+    """Each batch size, member and way of running; against eager run plainly in float32. "+ Adam": with the optimiser's step."""
+    heads = ("B", "member", "mode", "dtype", "ms", "kernels", "launches", "kernels + Adam", "launches + Adam", "synchronises", "peak MiB")
+    table = [(*heads, "times faster than eager", "less memory")]
+    found = {(row["batch"], row["member"], row["mode"], row["dtype"]): row for row in rows if "median_ms" in row}
+    for (batch, member, mode, dtype), row in found.items():
+        eager, faster, less = found.get((batch, "eager", "plain", "float32")), _MISS, _MISS
+        targeted = dtype == "float32"
         if eager and member in OWN:
-            faster = _times(eager["median_ms"] / row["median_ms"], STEP_TARGETS.get((batch, mode)))
+            faster = _times(eager["median_ms"] / row["median_ms"], STEP_TARGETS.get((batch, mode)) if targeted else None)
             if row["peak_bytes"] and eager["peak_bytes"]:
-                less = _times(eager["peak_bytes"] / row["peak_bytes"], MEMORY_TARGETS.get(batch) if mode == "plain" else None)
-        kernels = (_MISS if row[name] is None else f"{row[name]:g}" for name in ("kernels", "launches"))
-        table.append((batch, member, mode, f"{row['median_ms']:.4g}", *kernels, _mebibytes(row), faster, less))
+                less = _times(eager["peak_bytes"] / row["peak_bytes"], MEMORY_TARGETS.get(batch) if targeted and mode == "plain" else None)
+        counts = [_MISS if row.get(name) is None else f"{row[name]:g}" for name in COUNTS]
+        if member in OWN and counts[-1] != _MISS:
+            counts[-1] += f" (at most {LAUNCHES_TARGET})"
+        waits = {True: "yes", False: "no"}.get(row.get("synchronises"), _MISS)
+        table.append((batch, member, mode, dtype, f"{row['median_ms']:.4g}", *counts, waits, _mebibytes(row), faster, less))
     return table
 
 
@@ -126,5 +155,5 @@ def _mebibytes(row: dict) -> str:
     return _MISS if row["peak_bytes"] is None else f"{row['peak_bytes'] / 2**20:.0f}"
 
 
-def _who(row: dict) -> str:
-    return " ".join(str(row[name]) for name in ("batch", "member", "mode") if name in row)
+def _who(part: str, row: dict) -> str:
+    return " ".join([part, *(str(row[name]) for name in WHO if name in row)])

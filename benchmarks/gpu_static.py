@@ -132,7 +132,7 @@ def compile_cuda(source: str, architecture: str) -> list[Row]:
     script = setup_script()
     from torch.utils.cpp_extension import include_paths
 
-    number = int(architecture.removesuffix("+PTX").replace(".", ""))
+    number = int(re.match(r"\d+", architecture.replace(".", ""))[0])  # also of 9.0a
     with tempfile.TemporaryDirectory() as folder:
         flags = ["-fatbin", "-Xptxas", "-v", "-keep", "-keep-dir", folder, *script["FLAGS"], *script["generate_code"](architecture)]
         flags += [f"-I{path}" for path in (ROOT / "csrc", *include_paths())]

@@ -1,4 +1,5 @@
-"""A whole training step of the released preset on a GPU: run plainly, compiled, and as a CUDA graph; and the largest batch that trains.
+"""A whole training step of the released preset on a GPU: run plainly, compiled, and as a CUDA graph, in float32 and under bfloat16
+autocast; with fused Adam, counted in launches; and the largest batch that trains.
 
 ``auto`` holds no GPU back end before a results file is committed, so the package's members here are orders that ``auto`` might get:
 "triton first", "cuda first". What serves each operator is recorded.
@@ -30,7 +31,17 @@ ORDERS = {
 CHECKED = 128  # the batch at which a member's answer is held to the reference's; larger ones are the same code
 LAUNCHES = re.compile(r"cu(da)?(LaunchKernel|LaunchKernelExC?|LaunchCooperativeKernel|GraphLaunch)$")
 ANNOTATION = re.compile(r"Memcpy|Memset|Torch-Compiled Region|## Call|ProfilerStep")
-CLOSE = 1e-3  # between ways of running the same step, of the gradients' norm
+# Between ways of running the same step with the same masks, of the norm of (loss, gradients): rounding in another order.
+CLOSE = {"float32": (1e-4, 1e-3), "bfloat16": (1e-2, 5e-2)}
+# What matters most comes first; the least seconds that are worth beginning with.
+RUNS = (
+    ("plain", "float32", 3),
+    ("graph", "float32", 3),
+    ("plain", "bfloat16", 3),
+    ("graph", "bfloat16", 3),
+    ("compiled", "float32", 20),
+)
+SYNCHRONISES = re.compile("synchroniz", re.IGNORECASE)  # in the error that torch raises
 
 
 @contextlib.contextmanager
@@ -58,8 +69,17 @@ def members(device: str) -> Iterator[tuple[str, str | None]]:
     yield "eager", None
 
 
-def measure(batches: Iterable[int], device: str, seconds: float, quick: bool) -> Iterator[dict]:
-    """A row for each batch size, member and mode; what matters most comes first."""
+def measure(batches: Iterable[int], device: str, seconds: float, quick: bool, most: float) -> Iterator[dict]:
+    """A row for each way of running the step, batch size and member.
+
+    Args:
+        batches: the sizes.
+        device: "cuda" or "cpu".
+        seconds: of timing, for each row.
+        quick: nothing is compiled.
+        most: seconds that there are for all of it.
+    """
+    end = time.monotonic() + most
     ready = []
     for member, reason in members(device):
         if reason is None:
@@ -68,61 +88,108 @@ def measure(batches: Iterable[int], device: str, seconds: float, quick: bool) ->
             yield {"member": member, **reason} if isinstance(reason, dict) else {"member": member, "reason": reason}
         else:
             ready.append(member)
-    for mode in ("plain", "graph", "compiled"):
+    for mode, dtype, least in RUNS:
         for batch in batches:
             for member in ready:
-                row = {"batch": batch, "member": member, "mode": mode}
+                row = {"batch": batch, "member": member, "mode": mode, "dtype": dtype}
                 if mode == "graph" and device == "cpu":
                     yield row | {"reason": "a CPU has no CUDA graphs"}
                 elif mode == "compiled" and quick:
                     yield row | {"reason": "a quick run compiles nothing"}
+                elif quick and dtype == "bfloat16" and member == "eager":
+                    yield row | {"reason": "a quick run leaves out what some CPUs have no instructions for"}
+                elif time.monotonic() > end - least:
+                    yield row | {"reason": "the part's time is used up"}
                 else:
-                    yield row | one(mode, batch, member, device, seconds)
+                    yield row | one(mode, dtype, batch, member, device, seconds)
                 gc.collect()
                 torch.cuda.empty_cache()
 
 
-def one(mode: str, batch: int, member: str, device: str, seconds: float) -> dict:
-    """The times of one mode, and its kernels; a failure counts where the member is the package's own."""
+def one(mode: str, dtype: str, batch: int, member: str, device: str, seconds: float) -> dict:
+    """The times of one way of running the step, and its kernels; a failure counts where the member is the package's own."""
+    own = member != "eager"
     try:
         with auto_order(member, device):
-            step = TrainingStep(PRESET, "auto", batch, device)
-            run = MODES[mode](step, member != "eager")
-            peak = peak_bytes(run, device)
-            return {**time_ms(run, device, seconds), "peak_bytes": peak, **kernels_a_step(run, device), "serves": choices(member, device)}
+            step = TrainingStep(PRESET, f"auto{' bfloat16' if dtype == 'bfloat16' else ''}", batch, device)
+            run = MODES[mode](step, dtype, own)
+            loss = run()
+            assert loss.isfinite().item(), f"the loss is {loss.item()}"
+            row = {"loss": loss.item(), **time_ms(run, device, seconds), "peak_bytes": peak_bytes(run, device)}
+            row |= {**kernels_a_step(run, device), "serves": choices(member, device)}
+            training = with_adam(step, mode)
+            row |= {f"{name}_with_adam": number for name, number in kernels_a_step(training, device).items()}
+            return row | (synchronisation(training, device, own) if mode == "plain" else {})
     except Exception as error:
-        return {"reason": brief(error)} if member == "eager" and mode != "plain" else failure(error)
+        return {"reason": brief(error)} if not own and mode != "plain" else failure(error)
 
 
-def plain(step: TrainingStep, compared: bool) -> Callable[[], object]:
+def plain(step: TrainingStep, dtype: str, compared: bool) -> Callable[[], Tensor]:
     return step
 
 
-def compiled(step: TrainingStep, compared: bool) -> Callable[[], object]:
+def compiled(step: TrainingStep, dtype: str, compared: bool) -> Callable[[], Tensor]:
     # fallback_random: the seeds that torch's own generator gives, so that the answers can be compared
     expected = step.answer() if compared else None
     step.loss = torch.compile(step.model.loss, dynamic=False, options={"fallback_random": True})
     if compared:
-        close(step.answer(), expected)
+        close(step.answer(), expected, dtype)
     return step
 
 
-def graph(step: TrainingStep, compared: bool) -> Callable[[], object]:
+def graph(step: TrainingStep, dtype: str, compared: bool) -> Callable[[], Tensor]:
     """Zeroed gradients, forward and backward, replayed."""
     if compared:
         expected = step.answer()
-        replay, loss = capture(lambda: step._step(label_embedding=step.label_embedding))
+        replay = capture(lambda: step._step(label_embedding=step.label_embedding))
         torch.manual_seed(2)
-        replay()
-        close((loss, torch.cat([p.grad.flatten() for p in step.model.parameters() if p.grad is not None])), expected)
-    return capture(step)[0]
+        loss = replay()
+        close((loss, torch.cat([p.grad.flatten() for p in step.model.parameters() if p.grad is not None])), expected, dtype)
+    return capture(step)
 
 
 MODES = {"plain": plain, "graph": graph, "compiled": compiled}
 
 
-def capture(function: Callable[[], Tensor]) -> tuple[Callable[[], object], Tensor]:
-    """(replay, what the function returned, written anew by every replay)."""
+def with_adam(step: TrainingStep, mode: str) -> Callable[[], Tensor]:
+    """The step and the optimiser's; in one graph if mode is "graph". Run once already, and it has moved the parameters."""
+    parameters = [p for p in step.model.parameters() if p.requires_grad]
+    optimiser = torch.optim.Adam(parameters, fused=True, capturable=parameters[0].is_cuda)
+
+    def both() -> Tensor:
+        loss = step()
+        optimiser.step()
+        return loss
+
+    run = capture(both) if mode == "graph" else both
+    before = parameters[0].detach().clone()
+    run()
+    assert not torch.equal(parameters[0], before), "Adam leaves the parameters as they are"
+    return run
+
+
+def synchronisation(run: Callable[[], object], device: str, required: bool) -> dict:
+    """Whether the CPU never waits for the GPU in ``run``; where it does and must not, that is a failure, with torch's message."""
+    if device == "cpu":
+        return {"synchronises": None}
+    run()
+    torch.cuda.synchronize()
+    before = torch.cuda.get_sync_debug_mode()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        run()
+    except RuntimeError as error:
+        if not SYNCHRONISES.search(str(error)):
+            raise
+        found = {"synchronises": True, "message": brief(error)}
+        return found | {"failed": True, "reason": f"a step synchronises: {brief(error)}"} if required else found
+    finally:
+        torch.cuda.set_sync_debug_mode(before)
+    return {"synchronises": False}
+
+
+def capture(function: Callable[[], Tensor]) -> Callable[[], Tensor]:
+    """Replays what the function does; what it returned is written anew by every replay."""
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):  # what is made once, is made before
@@ -132,13 +199,18 @@ def capture(function: Callable[[], Tensor]) -> tuple[Callable[[], object], Tenso
     captured = torch.cuda.CUDAGraph()
     with torch.cuda.graph(captured):
         result = function()
-    return captured.replay, result
+
+    def replay() -> Tensor:
+        captured.replay()
+        return result
+
+    return replay
 
 
-def close(actual: tuple[Tensor, Tensor], expected: tuple[Tensor, Tensor]) -> None:
-    for what, x, y in zip(("loss", "gradients"), actual, expected):
+def close(actual: tuple[Tensor, Tensor], expected: tuple[Tensor, Tensor], dtype: str) -> None:
+    for what, x, y, most in zip(("loss", "gradients"), actual, expected, CLOSE[dtype]):
         error = ((x.double() - y.double()).norm() / y.double().norm()).item()
-        assert error <= CLOSE, f"{what} differ by {error:.3g} of their norm from those of the step run plainly"
+        assert error <= most, f"{what} differ by {error:.3g} of their norm from those of the step run plainly"
 
 
 def wrong(member: str, device: str, batch: int) -> dict | None:
@@ -162,6 +234,7 @@ def wrong(member: str, device: str, batch: int) -> dict | None:
 def kernels_a_step(run: Callable[[], object], device: str, steps: int = 3) -> dict[str, float | None]:
     """Kernels that ran on the GPU, and launches that the CPU made (a graph is one), a step."""
     if device == "cpu":
+        run()
         return {"kernels": None, "launches": None}
     from torch.autograd import DeviceType
     from torch.profiler import ProfilerActivity, profile

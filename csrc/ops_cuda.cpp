@@ -14,6 +14,10 @@ STABLE_TORCH_LIBRARY(helo_fast_cuda, m) {
   m.def(
       "sinkhorn_implicit_bwd(Tensor cost, Tensor a, Tensor b, Tensor plan, Tensor? grad_plan, Tensor? grad_f, Tensor? grad_g, "
       "Tensor? grad_transport_cost, float epsilon, float? tau_a, float? tau_b) -> (Tensor d_cost, Tensor d_a, Tensor d_b)");
+  m.def(
+      "gromov_from_tokens_fwd(Tensor x, Tensor y, Tensor a, Tensor b, Tensor? cost_xy, float threshold, bool over_batch, float alpha, "
+      "str method, float epsilon, int outer_iter, int inner_iter, float? tol) "
+      "-> (Tensor plan, Tensor gw_cost, Tensor marginal_error, Tensor n_iter, Tensor converged)");
 }
 
 PyMODINIT_FUNC PyInit__C_cuda() {

@@ -1,4 +1,4 @@
-"""gromov's forward in Triton: one program per problem, plan and Gibbs kernel in registers.
+"""gromov's forward in Triton: one program per problem, what the inner solver multiplies in registers.
 
 From T = a b', each iteration solves (gromov_plan.py) a transport problem on the linear cost
     G_ij = columns_j - 2 (C T D')_ij, columns_j = sum_l (D_jl^2 - 2 c D_jl) b_l,   costs in the product less their means c and d:
@@ -6,10 +6,14 @@ helo_fast/ops/gromov/reference.py says why. IPOT meets the column marginal last,
 x and y exchanged, by its launcher, and needs C' T D besides where costs may be asymmetric.
 
 Tokens: their cosine costs (gromov_costs.py) are written to memory first and cut off at the threshold, relu(c - t) with
-t = low + threshold (high - low), wherever they are read.
-Grid: x = problem (B may exceed 65535). Traffic: costs are read once or twice an iteration, mostly from cache; the plan is written
-once an iteration, and its rows are read from there by the next one's products.
-Invariants: rows and columns of zero mass are never read; their costs are 0 and their plan is an exact 0. Offsets are 64-bit.
+t = low + threshold (high - low), as they are read.
+C T D' is two products over slices that are fetched from memory in a loop's body; C T is written there in between. float32 products are
+IEEE float32.
+Grid: x = problem (B may exceed 65535). Scratch: n n + m m + n m + m entries and 2 m doubles a problem, for the costs less their means, for
+C T and later N, for columns, psi and g; a problem's program comes back to it while it is in cache. Traffic beyond the caches: costs
+are read thrice, scratch and the plan are written once or a few times.
+Invariants: rows and columns of zero mass are never read; their costs are 0 and their plan is an exact 0. Offsets between problems and
+of tensors that are given are 64-bit. A barrier stands between what threads write to memory and what others read there, both ways.
 """
 
 from __future__ import annotations
@@ -21,71 +25,66 @@ from torch import Tensor
 
 from . import gromov_costs
 from .device import device_guard
-from .gromov_costs import BLOCKS, block, compiler_options, cosine_cost, load_mass
-from .gromov_plan import gibbs, solve
+from .gromov_costs import BLOCKS, SLICE, block, cosine_cost, load_mass
+from .gromov_plan import add_entries, again, gibbs, load_entries, solve, store_tile
 from .variant import Variant
 
 
+def compiler_options(BLOCK: int, dtype: torch.dtype) -> dict[str, int | bool]:
+    """Warps, so that a thread holds 16 entries of the largest tile, 4 x 4, which sums along both axes suit, 8 of a smaller one, and 4 in
+    float64."""
+    return gromov_costs.compiler_options(BLOCK) | ({"num_warps": 8} if dtype == torch.float64 else {})
+
+
 @triton.jit
-def _cost(space, i, j):
-    """Entries (i, j) of a cost less its mean, 0 where there is no mass. space = (pointer, strides of rows and columns, mass, its
-    stride, size, threshold t or -inf where there is none, mean)."""
-    cost, stride_i, stride_j, mass, stride, size, cut, mean = space
+def _cost(space, index):
+    """(a cost [BLOCK, BLOCK], 0 where there is no mass, where there is). space = (pointer, strides of rows and columns, mass, its
+    stride, size, threshold t or -inf where there is none)."""
+    cost, stride_i, stride_j, mass, stride, size, cut = space
+    i, j = index[:, None], index[None, :]
     inside = (load_mass(mass, i, size, stride) > 0) & (load_mass(mass, j, size, stride) > 0)
     c = tl.load(cost + i.to(tl.int64) * stride_i + j.to(tl.int64) * stride_j, mask=inside, other=0.0)
     c = tl.where(cut > float("-inf"), tl.maximum(c - cut, 0.0), c)
-    return tl.where(inside, c - mean, 0.0)
+    return tl.where(inside, c, 0.0), inside
 
 
 @triton.jit
-def _transposed(space):
-    cost, stride_i, stride_j, mass, stride, size, cut, mean = space
-    return cost, stride_j, stride_i, mass, stride, size, cut, mean
+def _transposed(matrix):
+    pointer, stride_i, stride_j = matrix
+    return pointer, stride_j, stride_i
 
 
 @triton.jit
-def _add_between(total, X, plan, Y, n, m, index):
-    """total + C T D' for the spaces X and Y, a row of T at a time, from memory: a product of tiles (tl.dot) would hold a row and a column
-    of both factors for each entry, and spill."""
-    plan, stride_n, stride_m = plan
+def _keep(space, at, index):
+    """Writes a cost less its mean over the pairs that have mass, of those pairs, and returns the mean."""
+    cost, stride_i, stride_j, mass, stride, size, cut = space
+    c, inside = _cost(space, index)
+    count = tl.sum((load_mass(mass, index, size, stride) > 0).to(tl.int32)).to(c.dtype)
+    mean = tl.sum(c) / tl.maximum(count * count, 1.0)
+    store_tile(at, index, size, size, tl.where(inside, c - mean, 0.0))
+    return mean
+
+
+@triton.jit
+def _add_between(total, C_at, T_at, D_at, P_at, n, m, index):
+    """total + C T D'; C T passes through memory, at P_at."""
+    dtype: tl.constexpr = total.dtype
     down, across = index[:, None], index[None, :]
-    D = _cost(Y, across, down)  # [l, j]
-    for k in range(n):
-        T = tl.load(plan + tl.cast(k, tl.int64) * stride_n + down.to(tl.int64) * stride_m, mask=down < m, other=0.0)  # [l, 1]
-        total += _cost(X, down, tl.full((1, 1), k, tl.int32)) * tl.sum(T * D, 0, keep_dims=True)
+    product = tl.zeros_like(total)
+    for start in range(0, n, SLICE):
+        k = start + tl.arange(0, SLICE)
+        C = load_entries(C_at, down, k[None, :], n, n)
+        T = load_entries(T_at, k[:, None], across, n, m)
+        product = tl.dot(C, T, product, input_precision="ieee", out_dtype=dtype)
+    tl.debug_barrier()  # what stood there has been read
+    store_tile(P_at, index, n, m, product)
+    tl.debug_barrier()  # what one thread writes, others read
+    for start in range(0, m, SLICE):
+        k = start + tl.arange(0, SLICE)[None, :]
+        P = load_entries(P_at, down, k, n, m)
+        D = load_entries(D_at, down, k, m, m)
+        total = tl.dot(P, tl.trans(D), total, input_precision="ieee", out_dtype=dtype)
     return total
-
-
-@triton.jit
-def _again(index, iteration, never):
-    """index, which the compiler cannot know: it would hold addresses and masks made from it in registers from one use to the next.
-    never is below every iteration, which the compiler cannot know either."""
-    return index + tl.where(iteration < never, 1, 0)
-
-
-@triton.jit
-def _store(matrix, index, n, m, values):
-    matrix, stride_n, stride_m = matrix
-    row, column = index[:, None], index[None, :]
-    tl.store(matrix + row.to(tl.int64) * stride_n + column.to(tl.int64) * stride_m, values, mask=(row < n) & (column < m))
-
-
-@triton.jit
-def _load(matrix, index, n, m):
-    matrix, stride_n, stride_m = matrix
-    row, column = index[:, None], index[None, :]
-    at = matrix + row.to(tl.int64) * stride_n + column.to(tl.int64) * stride_m
-    return tl.load(at, mask=(row < n) & (column < m), other=0.0)
-
-
-@triton.jit
-def _with_mean(space, BLOCK: tl.constexpr):
-    """(the space with its mean over the pairs that have mass, the mean)."""
-    cost, stride_i, stride_j, mass, stride, size, cut, mean = space
-    index = tl.arange(0, BLOCK)
-    count = tl.sum((load_mass(mass, index, size, stride) > 0).to(tl.int32)).to(mean.dtype)
-    mean = tl.sum(_cost(space, index[:, None], index[None, :])) / tl.maximum(count * count, 1.0)
-    return (cost, stride_i, stride_j, mass, stride, size, cut, mean), mean
 
 
 @triton.jit(do_not_specialize=["n", "m", "outer_iter", "inner_iter", "powers", "fused", "from_tokens"])
@@ -99,6 +98,8 @@ def _gromov_fwd_kernel(
     high_x,
     low_y,
     high_y,
+    scratch,  # [B, n n + m m + n m + m]
+    potentials,  # [B, 2, m], float64
     plan,  # [B, n, m]
     gw_cost,  # [B]
     marginal_error,  # [B]
@@ -161,58 +162,67 @@ def _gromov_fwd_kernel(
         bottom, top = tl.load(low_y + end), tl.load(high_y + end)
         cut_y = bottom + threshold * (top - bottom)
     zero = tl.full((), 0.0, dtype)
-    X0 = (x + problem * x_stride_b, x_stride_n, x_stride_k, a, a_stride_n, n, cut_x, zero)
-    Y0 = (y + problem * y_stride_b, y_stride_m, y_stride_l, b, b_stride_m, m, cut_y, zero)
-    X, c = _with_mean(X0, BLOCK)
-    Y, d = _with_mean(Y0, BLOCK)
-    D = _cost(Y0, column, row)  # [l, j]
-    b_down = load_mass(b, row, m, b_stride_m)
-    columns = tl.sum(D * (D - 2 * c) * b_down, 0, keep_dims=True)  # [1, BLOCK]
+    X = (x + problem * x_stride_b, x_stride_n, x_stride_k, a, a_stride_n, n, cut_x)
+    Y = (y + problem * y_stride_b, y_stride_m, y_stride_l, b, b_stride_m, m, cut_y)
+    scratch += problem * (n * n + m * m + n * m + m)
+    C_at, D_at = (scratch, n, 1), (scratch + n * n, m, 1)
+    N_at = (scratch + n * n + m * m, m, 1)  # of N, and of halves of products
+    columns_at = scratch + n * n + m * m + n * m
+    potentials += problem * 2 * m
+    T_at = (plan, plan_stride_n, plan_stride_m)
+    cross_at = (cross, cross_stride_n.to(tl.int64), cross_stride_m.to(tl.int64))
+    c, d = _keep(X, C_at, index), _keep(Y, D_at, index)
+    D, _ = _cost(Y, index)  # [j, l]
+    b_across = load_mass(b, column, m, b_stride_m)
+    columns = tl.sum(D * (D - 2 * c) * b_across, 1)
     if not one_product:
-        D = _cost(Y0, row, column)
-        columns += tl.sum(D * (D - 2 * c) * b_down, 0, keep_dims=True)
-
-    T_at, cross_at = (plan, plan_stride_n, plan_stride_m), (cross, cross_stride_n, cross_stride_m)
-    _store(T_at, index, n, m, load_mass(a, row, n, a_stride_n) * load_mass(b, column, m, b_stride_m))
+        columns += tl.sum(D * (D - 2 * c) * tl.trans(b_across), 0)
+    tl.store(columns_at + index, columns, mask=index < m)
+    store_tile(T_at, index, n, m, load_mass(a, row, n, a_stride_n) * b_across)
     tl.debug_barrier()
     change = zero
     iteration = 0
     running = True
     while running:
-        here = _again(index, iteration, -inner_iter)
-        gain = _add_between(tl.zeros((BLOCK, BLOCK), dtype), X, T_at, Y, n, m, here)
+        here = again(index, iteration, -inner_iter)
+        gain = _add_between(tl.zeros((BLOCK, BLOCK), dtype), C_at, T_at, D_at, N_at, n, m, here)
         if not one_product:
-            gain = _add_between(gain, _transposed(X), T_at, _transposed(Y), n, m, here)
+            gain = _add_between(gain, _transposed(C_at), T_at, _transposed(D_at), N_at, n, m, here)
         mass_a, mass_b = load_mass(a, here[:, None], n, a_stride_n), load_mass(b, here[None, :], m, b_stride_m)
         gain *= 2 * weight
         if fused != 0:
-            gain -= cross_weight * tl.where((mass_a > 0) & (mass_b > 0), _load(cross_at, here, n, m), 0.0)
-        N, start = gibbs(gain, weight * columns, (mass_a > 0) & (mass_b > 0), mass_b > 0, per_epsilon)
-        T = solve(N, start, mass_a, mass_b, inner_iter, powers)
+            gain = add_entries(gain, cross_at, -cross_weight, here, n, m, mass_a > 0, mass_b > 0)
+        linear_part = tl.load(columns_at + here[None, :], mask=here[None, :] < m, other=0.0)
+        N, start = gibbs(gain, weight * linear_part, (mass_a > 0) & (mass_b > 0), mass_b > 0, per_epsilon)
+        tl.debug_barrier()  # half a product has been read
+        store_tile(N_at, here, n, m, N)
+        tl.debug_barrier()
+        T = solve(N, start, N_at, potentials, here, n, m, mass_a, mass_b, inner_iter, powers)
         iteration += 1
-        here = _again(index, iteration, -inner_iter)
-        change = tl.sum(tl.abs(T - _load(T_at, here, n, m)))
+        here = again(index, iteration, -inner_iter)
+        change = tl.sum(tl.abs(T - load_entries(T_at, here[:, None], here[None, :], n, m)))
         running = (iteration < outer_iter) & ((tol < 0) | (change > tol))
         tl.debug_barrier()  # the last plan has been read
-        _store(T_at, here, n, m, T)
+        store_tile(T_at, here, n, m, T)
         tl.debug_barrier()  # what one thread writes, others read
 
-    index = _again(index, iteration, -inner_iter)
+    index = again(index, iteration, -inner_iter)
     row, column = index[:, None], index[None, :]
-    T = _load(T_at, index, n, m)
+    T = load_entries(T_at, row, column, n, m)
     mass_a, mass_b = load_mass(a, row, n, a_stride_n), load_mass(b, column, m, b_stride_m)
     r, s = tl.sum(T, 1, keep_dims=True), tl.sum(T, 0, keep_dims=True)
     error = tl.sum(tl.abs(r - mass_a)) + tl.sum(tl.abs(s - mass_b))
-    C = tl.where((mass_a > 0) & (load_mass(a, column, n, a_stride_n) > 0), _cost(X, row, column) + (c - d), 0.0)  # blind to what both lose
+    inside = (mass_a > 0) & (load_mass(a, column, n, a_stride_n) > 0)
+    C = tl.where(inside, load_entries(C_at, row, column, n, n) + (c - d), 0.0)  # blind to what both lose
     quadratic = tl.sum(C * C * r * tl.trans(r))
-    D = _cost(Y, row, column)
+    D = load_entries(D_at, row, column, m, m)
     quadratic += tl.sum(D * D * s * tl.trans(s))
-    product = _add_between(tl.zeros((BLOCK, BLOCK), dtype), X, T_at, Y, n, m, index)
+    product = _add_between(tl.zeros((BLOCK, BLOCK), dtype), C_at, T_at, D_at, N_at, n, m, index)
     product += (c - d) * tl.sum(D * s, 1)[None, :]  # X has lost c
     quadratic = tl.maximum(quadratic - 2 * tl.sum(T * product), 0.0)
     linear = zero
     if fused != 0:
-        linear = tl.sum(T * tl.where(T > 0, _load(cross_at, index, n, m), 0.0))
+        linear = tl.sum(T * tl.where(T > 0, load_entries(cross_at, row, column, n, m), 0.0))
     tl.store(gw_cost + problem, alpha * quadratic + cross_weight * linear)
     tl.store(marginal_error + problem, error)
     tl.store(n_iter + problem, iteration)
@@ -253,10 +263,12 @@ def gromov_fwd(
     written, cross = plan, cost_xy
     if method == "entropic":
         x, y, a, b, ends, written, cross = y, x, b, a, (*ends[2:], *ends[:2]), plan.mT, None if cross is None else cross.mT
+    scratch = x.new_empty(batch, n * n + m * m + n * m + b.shape[1])
+    potentials = x.new_empty(batch, 2, b.shape[1], dtype=torch.float64)
     BLOCK = block(n, m, x.dtype)
     with device_guard(x):
         _gromov_fwd_kernel[(batch,)](
-            *(x, y, a, b, written if cross is None else cross, *ends, written, *outputs[1:]),
+            *(x, y, a, b, written if cross is None else cross, *ends, scratch, potentials, written, *outputs[1:]),
             *(*x.stride(), *y.stride(), *a.stride(), *b.stride()),
             *((0, 0, 0) if cross is None else cross.stride()),
             *(end_stride, *written.stride()),
@@ -268,14 +280,14 @@ def gromov_fwd(
             -1.0 if tol is None else tol,
             converged_at,
             BLOCK=BLOCK,
-            **compiler_options(BLOCK),
+            **compiler_options(BLOCK, x.dtype),
         )
     return outputs
 
 
 def variants() -> list[Variant]:
     """Every compilation that a launch may ask for, of contiguous tensors."""
-    types = {"n_iter": torch.int32, "converged": torch.bool}
+    types = {"potentials": torch.float64, "n_iter": torch.int32, "converged": torch.bool}
     found = []
     for kernel in (_gromov_fwd_kernel, gromov_costs._cosine_kernel):
         names = kernel.arg_names
@@ -285,5 +297,6 @@ def variants() -> list[Variant]:
             for BLOCK in sizes:
                 name = f"{kernel.__name__.strip('_')} {str(dtype).removeprefix('torch.')} {BLOCK}"
                 pointers = {name: types.get(name, dtype) for name in tensors}
-                found.append(Variant(name, kernel, pointers, ones | {"BLOCK": BLOCK}, compiler_options(BLOCK)))
+                options = compiler_options(BLOCK, dtype) if kernel is _gromov_fwd_kernel else gromov_costs.compiler_options(BLOCK)
+                found.append(Variant(name, kernel, pointers, ones | {"BLOCK": BLOCK}, options))
     return found

@@ -1,96 +1,189 @@
-"""Sinkhorn forward in Triton: the log-domain iteration, one program per problem, the whole problem in registers.
+"""Sinkhorn forward in Triton, one program per problem, the whole problem in registers: scaling iterations with absorbed potentials.
 
-Problems too large for that are passed on to sinkhorn_stream.py.
+Problems too large for that are passed on to sinkhorn_rows.py, the largest to sinkhorn_stripes.py, or, where not even a row fits the
+registers, to sinkhorn_stream.py.
 
     gamma_j = -kappa_b logsumexp_i(log a_i + phi_i + M_ij), then phi_i likewise over j; from phi = 0; M = -cost / epsilon.
 
-Grid: x = problem (B may exceed 65535). Columns are folded: with K = BLOCK_M / FOLD, column j = c K + k of row i stands at [c, i, k]
-of a [FOLD, BLOCK_N, K] tile. It is read and written as [FOLD BLOCK_N, K], of which lanes and warps fill consecutive rows: a thread
-then holds FOLD columns of a few rows rather than one column of many, which takes a quarter of the registers for potentials and of
-the shuffles. The order of the axes would follow that of cost in memory, so the rows of cost must be contiguous.
-Traffic: cost, a and b are read once and each output is written once; shared memory holds partial reductions.
-Invariants: padding, and rows and columns of zero mass, are -inf in M, log a, log b, phi and gamma, whatever stands in their cost.
-A maximum of -inf is replaced by 0, and where -inf meets -inf all the same, the entry has no mass and its value is replaced.
-Offsets into tensors are 64-bit.
+The plan is diag(u) K diag(v) with K_ij = exp(alpha_i + beta_j + M_ij). v = b / (K' u), then u = a / (K v): multiply-adds without
+exponentials (a soft marginal has one for each row or column). alpha and beta are the potentials with the logs of the masses when K was
+made, in double; log u and log v, what they have moved by since. An iteration in which a scaling leaves [1 / RANGE, RANGE], or a sum may
+have lost something to underflow, is thrown away and done in the log domain, from the costs in memory, and K is made anew from its
+potentials. So is the first, whose K is 0.
+
+Grid: x = problem (B may exceed 65535). Columns are folded: with LANES lanes across, column j = c LANES + k of row i stands at [c, i, k]
+of a [BLOCK / LANES, BLOCK, LANES] tile, of which a warp's lanes fill the last axes: a thread holds some columns of some rows, rather than
+one column of all, and a reduction over either is mostly its own additions. Nothing is loaded in vectors, so that all of it has that layout.
+Traffic: cost is read five times for each K, all but the first time mostly from cache, and each output is written once; alpha and beta
+stand in scratch memory, [B, n + m] doubles. Shared memory holds partial reductions where a program has several warps.
+Invariants: padding, and rows and columns of zero mass, are 0 in K, u and v and -inf in the potentials, whatever stands in their cost.
+A maximum of -inf is replaced by 0. Barriers part what threads write from what others read. Offsets into tensors are 64-bit.
 """
 
 from __future__ import annotations
-
-import itertools
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import sinkhorn_stream
+from . import sinkhorn_rows, sinkhorn_stream, sinkhorn_stripes
 from .device import device_guard
 from .variant import Variant
 
-FOLD = tl.constexpr(4)
-SMALLEST_BLOCK = 16
-LARGEST_BLOCK = 128
-LARGEST_TILE = {torch.float32: 64 * 128, torch.float64: 64 * 64}  # a larger one spills registers to memory
+# Sides of the square tile that holds a problem: (LANES, warps).
+TILES = {
+    torch.float32: {16: (4, 1), 32: (4, 1), 64: (8, 2), 128: (16, 8)},
+    torch.float64: {16: (4, 1), 32: (4, 1), 64: (8, 8)},
+}
+RANGE = tl.constexpr(1e8)
 
 
-def fits(n: int, m: int, dtype: torch.dtype) -> bool:
-    """Whether the registers hold an n x m problem."""
-    BLOCK_N, BLOCK_M = blocks(n, m)
-    return max(BLOCK_N, BLOCK_M) <= LARGEST_BLOCK and BLOCK_N * BLOCK_M <= LARGEST_TILE[dtype]
+def block(n: int, m: int, dtype: torch.dtype) -> int | None:
+    """The side of the tile that holds an n x m problem, or None."""
+    return next((size for size in TILES[dtype] if size >= max(n, m)), None)
 
 
-def blocks(n: int, m: int) -> tuple[int, int]:
-    """(BLOCK_N, BLOCK_M), the tile that holds an n x m problem."""
-    return max(SMALLEST_BLOCK, triton.next_power_of_2(n)), max(SMALLEST_BLOCK, triton.next_power_of_2(m))
-
-
-def compiler_options(BLOCK_N: int, BLOCK_M: int, dtype: torch.dtype) -> dict[str, int | bool]:
-    """Warps, so that a thread holds 16 float32 or 8 float64 entries of the tile (16 of the largest), and the registers they may use.
-
-    Without a bound of its own, ptxas spills a little in float64, and in float32 leaves no room for a second block.
-    """
-    num_warps = max(BLOCK_N * BLOCK_M // 512, 1)
-    if dtype == torch.float64:
-        num_warps = min(2 * num_warps, 8)
+def compiler_options(BLOCK: int, dtype: torch.dtype) -> dict[str, int | bool]:
     # fp fusion is named because its default differs between versions of Triton
-    return {"num_warps": num_warps, "maxnreg": 255 if dtype == torch.float64 else 128, "enable_fp_fusion": True}
+    return {"num_warps": TILES[dtype][BLOCK][1], "maxnreg": 255, "enable_fp_fusion": True}
 
 
 @triton.jit
-def _logsumexp(log_terms, over_rows: tl.constexpr):
-    """(top, log of the sum of exp(log_terms - top)) over the rows, or over the columns, of a tile [FOLD, BLOCK_N, K]."""
+def _over(tile, over_rows: tl.constexpr):
+    """Sums over the rows, or over the columns, of a tile."""
     if over_rows:
-        top = tl.max(log_terms, 1, keep_dims=True)
+        sums = tl.sum(tile, 1, keep_dims=True)
     else:
-        top = tl.max(tl.max(log_terms, 0, keep_dims=True), 2, keep_dims=True)
+        sums = tl.sum(tl.sum(tile, 0, keep_dims=True), 2, keep_dims=True)
+    return sums
+
+
+@triton.jit
+def _log(mass):
+    """In double, -inf of 0."""
+    return tl.where(mass > 0, tl.log(mass.to(tl.float64)), float("-inf"))
+
+
+@triton.jit
+def _excess(log_mass, dtype: tl.constexpr):
+    """log of what a mass near underflow leaves to its scaling, so that its sum neither overflows nor underflows; 0 of other masses."""
+    LOWEST: tl.constexpr = -46.0 if dtype == tl.float32 else -455.0  # log of a sum that is safely above TINY
+    return tl.where(log_mass > float("-inf"), tl.minimum(log_mass - LOWEST, 0.0), 0.0)
+
+
+@triton.jit
+def _first_scaling(mass):
+    """exp of that, and 0 without mass."""
+    return tl.minimum(mass * (9.496119420602448e19 if mass.dtype == tl.float32 else 4.00968e197), 1.0)
+
+
+@triton.jit
+def _scaling(mass, sums):
+    return tl.where(mass > 0, mass / sums, 0.0)
+
+
+@triton.jit
+def _rescale(mass, sums, kappa, absorbed, potential, index, size):
+    """(this side's scaling from its sums, whether it is safe); where the marginal is soft, the new potential is stored too:
+    the log of the scaling, rounded, would be too coarse."""
+    dtype: tl.constexpr = mass.dtype
+    TINY: tl.constexpr = 1e-22 if dtype == tl.float32 else 1e-200  # sums above it have lost nothing to underflow
+    scaling = _scaling(mass, sums)
+    if kappa != 1:
+        log_ratio = tl.log(sums) - tl.load(absorbed + index, mask=index < size, other=0.0).to(dtype)
+        scaling *= tl.where(mass > 0, tl.exp((1 - kappa).to(dtype) * log_ratio), 0.0)
+        tl.store(potential + index, tl.where(mass > 0, -kappa.to(dtype) * log_ratio, float("-inf")), mask=index < size)
+    return scaling, (sums > TINY) & (scaling >= 1 / RANGE) & (scaling <= RANGE) | ~(mass > 0)
+
+
+@triton.jit
+def _slice(space, mass_a, i, step, LANES: tl.constexpr):
+    """(M at rows i and the columns of a step [1, BLOCK, LANES], in double and 0 where there is no mass, those columns and their mass)."""
+    cost, stride_n, stride_m, b, b_stride, m, minus_inverse_epsilon = space
+    j = step * LANES + tl.arange(0, LANES)[None, None, :]
+    mass = tl.load(b + j.to(tl.int64) * b_stride, mask=j < m, other=0.0)
+    C = tl.load(cost + (i.to(tl.int64) * stride_n + j.to(tl.int64) * stride_m), mask=(mass_a > 0) & (mass > 0), other=0.0)
+    return C.to(tl.float64) * minus_inverse_epsilon, j, mass
+
+
+@triton.jit
+def _restart(space, K, a, u, alpha, beta, f, g, kappa_a, kappa_b, i, n, LANES: tl.constexpr):
+    """K after an iteration in the log domain, a few columns at a time; the potentials are in alpha and beta, and in f and g where a
+    marginal is soft."""
+    dtype: tl.constexpr = space[0].dtype.element_ty
+    m = space[5]
+    steps = tl.cdiv(m, LANES)
+    rows = tl.where(a > 0, tl.load(alpha + i, mask=i < n, other=0.0) + tl.log(u.to(tl.float64)), float("-inf"))
+    for step in range(steps):
+        M, j, b = _slice(space, a, i, step, LANES)
+        x = rows + M
+        top = tl.max(x, 1, keep_dims=True)
+        top = tl.where(top == float("-inf"), 0.0, top)
+        total = tl.sum(tl.exp((x - top).to(dtype)), 1, keep_dims=True)
+        gamma = tl.where(b > 0, -kappa_b * (top + tl.log(total.to(tl.float64))), float("-inf"))
+        tl.store(beta + j, gamma + _log(b), mask=j < m)
+        if kappa_b != 1:
+            tl.store(g + j, gamma.to(dtype), mask=j < m)
+    tl.debug_barrier()
+    tops = tl.full((1, i.shape[1], LANES), float("-inf"), tl.float64)
+    for step in range(steps):
+        M, j, b = _slice(space, a, i, step, LANES)
+        tops = tl.maximum(tops, tl.load(beta + j, mask=j < m, other=float("-inf")) + M)
+    top = tl.max(tops, 2, keep_dims=True)
     top = tl.where(top == float("-inf"), 0.0, top)
-    terms = tl.exp(log_terms - top)
-    if over_rows:
-        total = tl.sum(terms, 1, keep_dims=True)
+    totals = tl.zeros((1, i.shape[1], LANES), dtype)
+    for step in range(steps):
+        M, j, b = _slice(space, a, i, step, LANES)
+        totals += tl.exp((tl.load(beta + j, mask=j < m, other=float("-inf")) + M - top).to(dtype))
+    phi = -kappa_a * (top + tl.log(tl.sum(totals, 2, keep_dims=True).to(tl.float64)))
+    phi = tl.where(a > 0, phi, float("-inf"))
+    log_a = _log(a)
+    rows = phi + log_a - _excess(log_a, dtype)
+    tl.store(alpha + i, rows, mask=i < n)
+    if kappa_a != 1:
+        tl.store(f + i, phi.to(dtype), mask=i < n)
+    fold = tl.arange(0, K.shape[0])[:, None, None]
+    for step in range(steps):
+        M, j, b = _slice(space, a, i, step, LANES)
+        columns = tl.load(beta + j, mask=j < m, other=float("-inf")) - _excess(_log(b), dtype)
+        K = tl.where(fold == step, tl.exp((rows + columns + M).to(dtype)), K)
+        tl.debug_barrier()  # beta has been read
+        tl.store(beta + j, columns, mask=j < m)
+    tl.debug_barrier()
+    return K
+
+
+@triton.jit
+def _write_potential(out, scaling, index, mass, stride, size, unit, kappa, absorbed, potential, BLOCK: tl.constexpr):
+    """unit times phi or gamma; a lane takes its own share of them, through memory."""
+    k = tl.arange(0, BLOCK)
+    if kappa == 1:
+        tl.store(out + index, scaling, mask=index < size)
+    tl.debug_barrier()
+    mass = tl.load(mass + k.to(tl.int64) * stride, mask=k < size, other=0.0)
+    if kappa == 1:
+        moved = tl.load(out + k, mask=k < size, other=1.0).to(tl.float64)
+        result = tl.load(absorbed + k, mask=k < size, other=0.0) + tl.log(moved) - _log(mass)
     else:
-        total = tl.sum(tl.sum(terms, 0, keep_dims=True), 2, keep_dims=True)
-    return top, tl.log(total)
+        result = tl.load(potential + k, mask=k < size, other=0.0).to(tl.float64)
+    tl.debug_barrier()  # all of them have been read
+    tl.store(out + k, tl.where(mass > 0, unit * result, float("-inf")).to(mass.dtype), mask=k < size)
 
 
 @triton.jit
-def _plan(M, log_column, log_row_marginal):
-    """Each row's marginal, shared out in proportion to exp(log_column + M): the rounding of phi, which grows as epsilon shrinks,
-    does not enter."""
-    top, log_total = _logsumexp(log_column + M, False)
-    share = tl.where(log_total > float("-inf"), log_row_marginal - log_total, float("-inf"))
-    return tl.exp(log_column + M - top + share)
-
-
-@triton.jit
-def _marginal_error(plan, log_b, gamma, slope_b):
+def _marginal_error(K, u, v, b, kappa_b, slope_b, g, j, m):
     """L1 distance of the column marginal from b exp(-slope_b gamma), which is b if balanced."""
-    target = tl.where(log_b > float("-inf"), tl.exp(log_b - slope_b * gamma), 0.0)
-    return tl.sum(tl.abs(tl.sum(plan, 1, keep_dims=True) - target))
+    target = b
+    if kappa_b != 1:
+        gamma = tl.load(g + j, mask=j < m, other=0.0)
+        target = tl.where(b > 0, b * tl.exp(-slope_b * gamma), 0.0)
+    return tl.sum(tl.abs(v * _over(K * u, True) - target))
 
 
-@triton.jit(do_not_specialize=["n", "m", "max_iter", "check_every", "kept"])
+@triton.jit(do_not_specialize=["cost_stride_b", "cost_stride_n", "cost_stride_m", "n", "m", "max_iter", "check_every", "kept"])
 def _sinkhorn_fwd_kernel(
-    cost,  # [B, n, m], contiguous along m
+    cost,  # [B, n, m], any strides
     a,  # [B, n], any strides
     b,  # [B, m], any strides
     plan,  # [B, n, m]
@@ -100,8 +193,10 @@ def _sinkhorn_fwd_kernel(
     marginal_error,  # [B]
     n_iter,  # [B], int32
     history,  # [B, kept, n + m] of (phi, gamma)
+    absorbed,  # [B, n + m] of (alpha, beta), float64
     cost_stride_b,
     cost_stride_n,
+    cost_stride_m,
     a_stride_b,
     a_stride_n,
     b_stride_b,
@@ -117,60 +212,78 @@ def _sinkhorn_fwd_kernel(
     tol: tl.float64,  # below 0: never stop early
     kappa_a: tl.float64,
     kappa_b: tl.float64,
-    slope_a: tl.float64,  # epsilon / tau_a, 0 if balanced
-    slope_b: tl.float64,
-    BLOCK_N: tl.constexpr,
-    BLOCK_M: tl.constexpr,
+    slope_b: tl.float64,  # epsilon / tau_b, 0 if balanced
+    BLOCK: tl.constexpr,
+    LANES: tl.constexpr,
 ):
     dtype: tl.constexpr = cost.dtype.element_ty
-    K: tl.constexpr = BLOCK_M // FOLD
-    epsilon = tl.full((), epsilon, dtype)
+    FOLD: tl.constexpr = BLOCK // LANES
+    epsilon = tl.full((), epsilon, tl.float64)
     tol = tl.full((), tol, dtype)
-    kappa_a = tl.full((), kappa_a, dtype)
-    kappa_b = tl.full((), kappa_b, dtype)
-    slope_a = tl.full((), slope_a, dtype)
+    kappa_a = tl.full((), kappa_a, tl.float64)
+    kappa_b = tl.full((), kappa_b, tl.float64)
     slope_b = tl.full((), slope_b, dtype)
 
     problem = tl.program_id(0).to(tl.int64)
-    i = tl.arange(0, BLOCK_N)[None, :, None]  # [1, BLOCK_N, 1]
-    j = tl.arange(0, FOLD)[:, None, None] * K + tl.arange(0, K)[None, None, :]  # [FOLD, 1, K]
-    mass_a = tl.load(a + problem * a_stride_b + i.to(tl.int64) * a_stride_n, mask=i < n, other=0.0)
-    mass_b = tl.load(b + problem * b_stride_b + j.to(tl.int64) * b_stride_m, mask=j < m, other=0.0)
-    log_a = tl.where(mass_a > 0, tl.log(mass_a), float("-inf"))
-    log_b = tl.where(mass_b > 0, tl.log(mass_b), float("-inf"))
-    folded = tl.arange(0, FOLD * BLOCK_N)[:, None]
-    row, column = folded % BLOCK_N, folded // BLOCK_N * K + tl.arange(0, K)[None, :]  # [FOLD BLOCK_N, 1], [FOLD BLOCK_N, K]
-    in_tile = (row < n) & (column < m)
-    C = tl.load(cost + problem * cost_stride_b + (row.to(tl.int64) * cost_stride_n + column), mask=in_tile, other=0.0)
-    M = tl.reshape((C.to(tl.float64) * minus_inverse_epsilon).to(dtype), (FOLD, BLOCK_N, K))
-    M = tl.where((mass_a > 0) & (mass_b > 0), M, float("-inf"))
+    i = tl.arange(0, BLOCK)[None, :, None]  # [1, BLOCK, 1]
+    fold = tl.arange(0, FOLD)[:, None, None]
+    j = fold * LANES + tl.arange(0, LANES)[None, None, :]  # [FOLD, 1, LANES]
+    cost += problem * cost_stride_b
+    rows = a + problem * a_stride_b
+    columns = b + problem * b_stride_b
+    space = (cost, cost_stride_n, cost_stride_m, columns, b_stride_m, m, tl.full((), minus_inverse_epsilon, tl.float64))
+    a = tl.load(rows + i.to(tl.int64) * a_stride_n, mask=i < n, other=0.0)
+    b = tl.load(columns + j.to(tl.int64) * b_stride_m, mask=j < m, other=0.0)
+    f += problem * n
+    g += problem * m
+    alpha = absorbed + problem * (n + m)
+    beta = alpha + n
+    tl.store(alpha + i, _log(a), mask=i < n)
+    tl.store(beta + j, _log(b), mask=j < m)
+    tl.debug_barrier()
 
-    phi = tl.where(mass_a > 0, tl.zeros_like(mass_a), float("-inf"))
-    gamma = tl.where(mass_b > 0, tl.zeros_like(mass_b), float("-inf"))
+    u = tl.where(a > 0, tl.full(a.shape, 1.0, dtype), 0.0)
+    v = tl.where(b > 0, tl.full(b.shape, 1.0, dtype), 0.0)
+    K = tl.zeros((FOLD, BLOCK, LANES), dtype)
     iteration = 0
-    running = max_iter > 0
+    error = tl.full((), 0.0, dtype)
+    running = True
     while running:
-        top, log_total = _logsumexp(log_a + phi + M, True)
-        gamma = tl.where(log_b > float("-inf"), -kappa_b * (top + log_total), float("-inf"))
-        top, log_total = _logsumexp(log_b + gamma + M, False)
-        phi = tl.where(log_a > float("-inf"), -kappa_a * (top + log_total), float("-inf"))
+        new_v, safe = _rescale(b, _over(K * u, True), kappa_b, beta, g, j, m)
+        new_v = tl.where(safe, new_v, float("nan"))  # which makes every sum of the rows NaN, and no scaling of theirs safe
+        new_u, safe = _rescale(a, _over(K * new_v, False), kappa_a, alpha, f, i, n)
+        unsafe = tl.max(tl.max(tl.max(tl.where(safe, 0, 1), 0), 1), 0)
+        if unsafe != 0:
+            K = _restart(space, K, a, u, alpha, beta, f, g, kappa_a, kappa_b, i, n, LANES)
+            u, v = _first_scaling(a), _first_scaling(b)
+            if kappa_a == 1:
+                u = _scaling(a, _over(K * v, False))
+        else:
+            u = new_u
+            v = new_v
         if kept > 0:
             past = history + (problem * kept + iteration) * (n + m)
-            tl.store(past + i, phi, mask=i < n)
-            tl.store(past + n + j, gamma, mask=j < m)
+            _write_potential(past, u, i, rows, a_stride_n, n, 1.0, kappa_a, alpha, f, BLOCK)
+            _write_potential(past + n, v, j, columns, b_stride_m, m, 1.0, kappa_b, beta, g, BLOCK)
         iteration += 1
         running = iteration < max_iter
-        if running & (tol >= 0) & (iteration % check_every == 0):
-            T = _plan(M, log_b + gamma, log_a - slope_a * phi)
-            running = ~(_marginal_error(T, log_b, gamma, slope_b) <= tol)
+        if ((iteration % check_every == 0) & (tol >= 0)) | ~running:
+            tl.debug_barrier()  # g has been written
+            error = _marginal_error(K, u, v, b, kappa_b, slope_b, g, j, m)
+            running &= ~(error <= tol)
 
-    T = _plan(M, log_b + gamma, log_a - slope_a * phi)
-    tl.store(plan + problem * n * m + (row * m + column), tl.reshape(T, (FOLD * BLOCK_N, K)), mask=in_tile)
-    tl.store(f + problem * n + i, epsilon * phi, mask=i < n)
-    tl.store(g + problem * m + j, epsilon * gamma, mask=j < m)
-    tl.store(transport_cost + problem, tl.sum(tl.where(T > 0, -epsilon * M * T, 0.0)))
-    tl.store(marginal_error + problem, _marginal_error(T, log_b, gamma, slope_b))
+    K *= v * u
+    spent = tl.zeros((1, BLOCK, LANES), tl.float64)
+    for step in range(tl.cdiv(m, LANES)):
+        M, at, _ = _slice(space, a, i, step, LANES)
+        T = tl.sum(tl.where(fold == step, K, 0.0), 0, keep_dims=True)
+        spent += tl.where(T > 0, T * M, 0.0)
+        tl.store(plan + problem * n * m + (i * m + at), T, mask=(i < n) & (at < m))
+    tl.store(transport_cost + problem, (-epsilon * tl.sum(spent)).to(dtype))
+    tl.store(marginal_error + problem, error)
     tl.store(n_iter + problem, iteration)
+    _write_potential(f, u, i, rows, a_stride_n, n, epsilon, kappa_a, alpha, f, BLOCK)
+    _write_potential(g, v, j, columns, b_stride_m, m, epsilon, kappa_b, beta, g, BLOCK)
 
 
 def sinkhorn_fwd(
@@ -200,24 +313,27 @@ def sinkhorn_fwd(
     slopes = (0.0 if tau is None else epsilon / tau for tau in (tau_a, tau_b))
     numbers = epsilon, -1.0 / epsilon, -1.0 if tol is None else tol, *kappas, *slopes
     with device_guard(cost):
-        if not fits(n, m, cost.dtype):
-            sinkhorn_stream.launch(cost, a, b, outputs, counts, numbers)
+        BLOCK = block(n, m, cost.dtype)
+        if BLOCK is None:
+            larger = sinkhorn_stream if sinkhorn_rows.block(m, cost.dtype) is None else sinkhorn_rows
+            larger = sinkhorn_stripes if sinkhorn_stripes.serves(n, m, cost.dtype) else larger
+            larger.launch(cost, a, b, outputs, counts, numbers)
             return outputs
-        cost = cost if cost.stride(2) == 1 else cost.contiguous()
-        BLOCK_N, BLOCK_M = blocks(n, m)
         _sinkhorn_fwd_kernel[(batch,)](
             cost,
             a,
             b,
             *outputs,
-            *cost.stride()[:2],
+            cost.new_empty(batch, n + m, dtype=torch.float64),
+            *cost.stride(),
             *a.stride(),
             *b.stride(),
             *counts,
-            *numbers,
-            BLOCK_N=BLOCK_N,
-            BLOCK_M=BLOCK_M,
-            **compiler_options(BLOCK_N, BLOCK_M, cost.dtype),
+            *numbers[:-2],
+            numbers[-1],
+            BLOCK=BLOCK,
+            LANES=TILES[cost.dtype][BLOCK][0],
+            **compiler_options(BLOCK, cost.dtype),
         )
     return outputs
 
@@ -225,17 +341,15 @@ def sinkhorn_fwd(
 def variants() -> list[Variant]:
     """Every compilation that a launch may ask for."""
     names = _sinkhorn_fwd_kernel.arg_names
-    outputs = names[: names.index("cost_stride_b")]
-    found = []
-    for dtype, BLOCK_N, BLOCK_M in itertools.product(LARGEST_TILE, *[[16, 32, 64, 128]] * 2):
-        if BLOCK_N * BLOCK_M <= LARGEST_TILE[dtype]:
-            found.append(
-                Variant(
-                    f"{str(dtype).removeprefix('torch.')} {BLOCK_N} x {BLOCK_M}",
-                    _sinkhorn_fwd_kernel,
-                    dict.fromkeys(outputs, dtype) | {"n_iter": torch.int32},
-                    {"BLOCK_N": BLOCK_N, "BLOCK_M": BLOCK_M, "a_stride_n": 1, "b_stride_m": 1},
-                    compiler_options(BLOCK_N, BLOCK_M, dtype),
-                )
-            )
-    return found
+    tensors = names[: names.index("cost_stride_b")]
+    return [
+        Variant(
+            f"{str(dtype).removeprefix('torch.')} {BLOCK}",
+            _sinkhorn_fwd_kernel,
+            dict.fromkeys(tensors, dtype) | {"n_iter": torch.int32, "absorbed": torch.float64},
+            {"BLOCK": BLOCK, "LANES": LANES, "a_stride_n": 1, "b_stride_m": 1},
+            compiler_options(BLOCK, dtype),
+        )
+        for dtype, tiles in TILES.items()
+        for BLOCK, (LANES, _) in tiles.items()
+    ]

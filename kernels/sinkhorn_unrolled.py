@@ -24,9 +24,9 @@ import triton.language as tl
 from torch import Tensor
 
 from .device import device_guard
-from .sinkhorn import FOLD
 from .variant import Variant
 
+FOLD = tl.constexpr(4)  # columns of a tile are folded as in sinkhorn.py
 RANGE = tl.constexpr(200.0)  # K underflows at -708: what is lost, not even twice this can bring back
 TILES = ((32, 32),)  # BLOCK_N, BLOCK_M; a larger one spills registers to memory
 

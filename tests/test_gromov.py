@@ -10,7 +10,7 @@ import torch
 from helo_fast import gromov_from_tokens, gromov_wasserstein
 from helo_fast.testing import assert_close, layouts
 
-BACKENDS = ("eager", "cpp")
+BACKENDS = ("eager", "cpp", "cuda")  # triton runs under the interpreter in a process of its own: test_triton.py
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 METHODS = ("proximal", "entropic")
 VALUES = ("plan", "gw_cost", "marginal_error")

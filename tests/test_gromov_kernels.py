@@ -9,7 +9,7 @@ import torch
 from helo_fast import gromov_from_tokens, gromov_wasserstein
 from helo_fast.testing import assert_close
 
-BACKENDS = ("cpp",)
+BACKENDS = ("cpp", "cuda")
 VALUES = ("plan", "gw_cost", "marginal_error")
 
 

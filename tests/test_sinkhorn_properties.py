@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
 from helo_fast import sinkhorn
@@ -67,9 +67,17 @@ def tiny(arguments):
     return 1e-20 if arguments["cost"].dtype == torch.float32 else 1e-280
 
 
+def is_in_range(arguments):
+    """Whether the answer is: where marginals are soft and costs far below 0, mass is worth making, beyond all numbers of a dtype."""
+    exact = solve("eager", {k: v.double() if isinstance(v, torch.Tensor) else v for k, v in arguments.items()})
+    spent = exact.plan * (1 + arguments["cost"].abs().double())
+    return bool((spent.sum((-2, -1)) < 0.1 * torch.finfo(arguments["cost"].dtype).max).all())
+
+
 @given(arguments=problems())
 @every_problem
 def test_finite_non_negative_and_zero_without_mass(backend, arguments):
+    assume(is_in_range(arguments))
     result = solve(backend, arguments)
     rows, columns = arguments["a"] > 0, arguments["b"] > 0
     inside = rows.unsqueeze(-1) & columns.unsqueeze(-2)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from helo_fast.testing import assert_close, layouts, poisoned_memory
 DTYPES = (torch.float32, torch.float64)
 METHODS = ("proximal", "entropic")
 VALUES = ("plan", "gw_cost", "marginal_error")
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 FEW = {"outer_iter": 2, "inner_iter": 5}  # the interpreter takes milliseconds a step
 
 
@@ -111,6 +113,36 @@ def test_small_epsilon(epsilon, method, dtype, device):
     """Scalings leave their range, so that steps are done anew by log-sum-exps."""
     arguments = costs(8, 6, batch=3)
     compare(gromov_wasserstein, arguments, dtype, device, method=method, epsilon=epsilon, inner_iter=20)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_steps_done_anew_by_logarithms(method, device, monkeypatch):
+    """Some steps are, and K is made from them: else each step after them would be done anew too."""
+    kernels = pytest.importorskip("helo_fast.kernels.gromov_plan")
+    counted, by_logarithms = [], kernels._by_logarithms
+
+    def count(*arguments):
+        counted.append(1)
+        return by_logarithms(*arguments)
+
+    if INTERPRETED:  # a GPU's code calls nothing
+        monkeypatch.setattr(kernels, "_by_logarithms", count)
+    for name, epsilon, fewest, most in (("easy", 0.5, 0, 0), ("hard", 1e-3, 1, 10)):
+        counted.clear()
+        compare(gromov_wasserstein, costs(8, 6, batch=1), torch.float32, device, name, method=method, epsilon=epsilon, inner_iter=20)
+        assert not INTERPRETED or fewest <= len(counted) <= most, f"{name}: {len(counted)} of 40 steps"
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("method", METHODS)
+def test_masses_of_any_size(method, dtype, device):
+    arguments = costs(6, 5)
+    for mass in ("a", "b"):
+        for at, size in ((0, 1e-36), (1, 1e-20), (2, 1e-9)):
+            arguments[mass][:, 3] += arguments[mass][:, at] - size
+            arguments[mass][:, at] = size
+    for epsilon in (0.1, 0.01):
+        compare(gromov_wasserstein, arguments, dtype, device, f"{epsilon}", method=method, epsilon=epsilon)
 
 
 @pytest.mark.parametrize("method", METHODS)

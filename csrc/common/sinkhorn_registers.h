@@ -7,8 +7,7 @@
 // rows or columns becomes that one's mass, or for a mass near underflow exp(kLowest), so that its sum neither overflows nor underflows),
 // and K is rebuilt. So is it at the start.
 //
-// Lanes form a grid of kRows x kColumns; lane (r, c) holds K for kTileRows rows r + kRows s and kTileColumns columns c + kColumns s.
-// Row sums are shared by the lanes of equal r, column sums by those of equal c (split.h, which also orders the entries in a tile).
+// Lanes form a grid (grid.h), whose tiles hold K.
 // The costs stay in shared memory, each row kStride apart so that every access of a tile meets all banks; the plan takes their place.
 // cost is read once and every output is written once, in whole rows.
 //
@@ -20,17 +19,10 @@
 #include <cstdint>
 #include <type_traits>
 
+#include "grid.h"
 #include "sinkhorn_batch.h"
-#include "split.h"
 
 namespace helo_fast {
-
-template <int rows, int columns, int tile_rows, int tile_columns>
-struct Grid {
-  static constexpr int kRows = rows, kColumns = columns, kTileRows = tile_rows, kTileColumns = tile_columns;
-  static constexpr int kLanes = rows * columns, kMaxRows = rows * tile_rows, kMaxColumns = columns * tile_columns;
-  static constexpr int kStride = (kMaxColumns + 31) / 32 * 32;
-};
 
 template <typename scalar, typename Grid>
 struct SinkhornShared {
@@ -39,18 +31,6 @@ struct SinkhornShared {
   double log_a[Grid::kMaxRows], log_b[Grid::kMaxColumns];
   double g[Grid::kMaxColumns];  // where the column marginal is soft: log v, rounded, would be too coarse
 };
-
-// mass / sum to two ulps, of a sum that is far from underflow: the division that is right to the last bit costs as much as the sum.
-HELO_FAST_HD double quotient(double mass, double sum) { return mass / sum; }
-HELO_FAST_HD float quotient(float mass, float sum) {
-#ifdef __CUDA_ARCH__
-  float inverse;
-  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(inverse) : "f"(sum));
-  return mass * inverse;
-#else
-  return mass / sum;
-#endif
-}
 
 template <typename scalar, typename Grid, bool general, typename Team>
 class SinkhornRegisters {
@@ -73,26 +53,8 @@ class SinkhornRegisters {
   static constexpr scalar kTiny = sizeof(scalar) == 4 ? 1e-22 : 1e-200;  // sums above it have lost nothing to underflow
   static constexpr double kLowest = sizeof(scalar) == 4 ? -46 : -455;    // log of a sum that is safely above
 
-  // Rows or columns: what this lane owns, and the scalings of its tile.
-  template <int tile, int peers, int peer_stride, int step>
-  struct Side {
-    using Split = helo_fast::Split<tile, peers, peer_stride>;
-    static constexpr int kTile = tile, kOwned = Split::kOwned;
-    template <typename Slot>
-    HELO_FAST_HD int at(Slot slot) const {
-      return place + step * Split::entry(slot, peer);
-    }
-    // Whether the k-th owned entry has mass, and is this lane's to write and to count.
-    template <typename Slot>
-    HELO_FAST_HD bool holds(int k, Slot slot) const {
-      return empty[k] == 0 && Split::counts(slot, peer);
-    }
-
-    int place, peer;
-    scalar mass[kOwned], empty[kOwned], sums[kOwned], owned[kOwned], scaling[kTile];
-  };
-  using Rows = Side<Grid::kTileRows, Grid::kColumns, 1, Grid::kRows>;
-  using Columns = Side<Grid::kTileColumns, Grid::kRows, Grid::kColumns, Grid::kColumns>;
+  using Rows = RowsOf<scalar, Grid>;
+  using Columns = ColumnsOf<scalar, Grid>;
 
   template <bool of_rows>
   HELO_FAST_HD auto& side() {

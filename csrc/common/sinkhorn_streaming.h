@@ -16,7 +16,8 @@
 
 namespace helo_fast {
 
-// A running logsumexp: total * exp(top).
+// A running logsumexp: total * exp(top). Each term is 1 and what it differs by: the rounding of exponentials near 1, the same at every
+// iteration once they have converged, would move the potentials by a constant that grows.
 template <typename scalar>
 struct LogSum {
   double top = -HUGE_VAL, total = 0;
@@ -24,12 +25,14 @@ struct LogSum {
   HELO_FAST_HD void add(double term) {
     if (term == -HUGE_VAL) return;  // no mass, or an infinite cost
     if (term <= top) {
-      total += double(std::exp(scalar(term - top)));
+      total += relative(term - top);
     } else {
-      total = total * double(std::exp(scalar(top - term))) + 1;
+      total = total * relative(top - term) + 1;
       top = term;
     }
   }
+
+  HELO_FAST_HD static double relative(double exponent) { return 1 + double(std::expm1(scalar(exponent))); }
 
   HELO_FAST_HD void merge(double other_top, double other_total) {
     const double high = Larger()(top, other_top);

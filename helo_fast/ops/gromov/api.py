@@ -173,7 +173,8 @@ def gromov_from_tokens(
     Notes:
         Gradients: gw_cost has its envelope gradient (at fixed plan, through the costs and their thresholds) with respect to x, y and
         cost_xy. plan and the diagnostics carry none. Second derivatives are refused.
-        Memory: "eager", "triton" and the backward hold the cost matrices, O(B (n^2 + n m + m^2)); the forward of "cpp" the plan alone.
+        Memory: "eager", "triton" and the backward hold the cost matrices, O(B (n^2 + n m + m^2)); the forward of "cpp" and "cuda" the plan
+            alone.
 
     Example:
         >>> import torch

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ... import _registry
-from ..._registry import CPP, EAGER, TRITON, Adapter
+from ..._registry import CPP, CUDA, EAGER, TRITON, Adapter
 from ..sinkhorn.reference import CONVERGED_BY_DEFAULT
 from . import reference
 
@@ -44,6 +44,16 @@ def _triton_bwd(cost_x: Tensor, cost_y: Tensor, plan: Tensor, *grad_and_options:
     return (kernels.gromov_bwd if served else reference.bwd)(cost_x, cost_y, plan, *grad_and_options)
 
 
+def _cuda_from_tokens_fwd(
+    x: Tensor, y: Tensor, a: Tensor, b: Tensor, cost_xy: Tensor | None, threshold: float, over_batch: bool, *solver: object
+) -> tuple[Tensor, ...]:
+    largest = 64 if x.dtype == torch.float32 else 56  # the kernel keeps a problem in shared memory
+    if max(a.shape[1], b.shape[1]) > largest:
+        return reference.from_tokens_fwd(x, y, a, b, cost_xy, threshold, over_batch, *solver)
+    tensors = (tensor if tensor is None else tensor.contiguous() for tensor in (x, y, a, b, cost_xy))
+    return torch.ops.helo_fast_cuda.gromov_from_tokens_fwd(*tensors, threshold, over_batch, *solver)
+
+
 def _converged_at(*solver: object) -> float:
     tol = solver[-1]
     return CONVERGED_BY_DEFAULT if tol is None else tol
@@ -63,10 +73,16 @@ _CPP = {
 }
 # The gradient of tokens, a few products and the extremes' shares, is PyTorch's.
 _TRITON = {**_EAGER, "fwd": _triton_fwd, "from_tokens_fwd": _triton_from_tokens_fwd, "bwd": _triton_bwd}
+_CUDA = {**_EAGER, "from_tokens_fwd": _cuda_from_tokens_fwd}  # the gromov of HeLo's fusion; of given costs, PyTorch's
 
 _registry.register(
     "gromov",
-    (Adapter(EAGER, _EAGER), Adapter(CPP, _CPP, _registry.only_on("cpu")), Adapter(TRITON, _TRITON, _registry.triton_refuses)),
+    (
+        Adapter(EAGER, _EAGER),
+        Adapter(CPP, _CPP, _registry.only_on("cpu")),
+        Adapter(TRITON, _TRITON, _registry.triton_refuses),
+        Adapter(CUDA, _CUDA, _registry.only_on("cuda")),
+    ),
     # A GPU back end joins "cuda" with a results file from the hardware in benchmarks/results.
     auto={"cpu": ("cpp", "eager"), "cuda": ("eager",)},
 )

@@ -1,13 +1,7 @@
-"""The CUDA kernels' algorithms without a GPU: csrc/common compiled for the host, its lanes taking turns, against float64.
+"""The CUDA kernels of Sinkhorn without a GPU: csrc/common compiled for the host, its lanes taking turns, against float64.
 
 What differs on the GPU is csrc/cuda: how lanes are threads (team.h), and the launches.
 """
-
-import os
-import shutil
-import subprocess
-from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import pytest
 import torch
@@ -15,71 +9,9 @@ import torch
 from helo_fast.ops.sinkhorn import reference
 from helo_fast.testing import COSTS, MASSES, SINKHORN_CASES, assert_close, hard_cost, hard_masses
 
-ROOT = Path(__file__).resolve().parents[1]
-FOLDER = ROOT / "tests" / "cuda_host"
+SOURCES = ("split", "sinkhorn", "sinkhorn_gradient")
 DTYPES = (torch.float32, torch.float64)
-FLAGS = {
-    "plain": ("-O1",),
-    "sanitized": ("-O0", "-g1", "-fsanitize=address,undefined", "-fno-sanitize-recover"),
-}
-
-pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="g++ is not installed: it compiles the kernels for the host")
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """For the reference: on problems this small, beside a compiler at work, two threads mostly wait for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-@pytest.fixture(scope="module")
-def programs(tmp_path_factory):
-    """programs(source, flags): the path of the program. All compile side by side, from the first question on."""
-    folder = tmp_path_factory.mktemp("cuda_host")
-
-    def build(source, flags):
-        target = folder / f"{source}-{flags}"
-        options = ("-std=c++17", "-Wall", "-Wextra", "-Wno-clobbered", "-Werror", "-Icsrc", f"-I{FOLDER}")
-        command = ("g++", *FLAGS[flags], *options, str(FOLDER / f"{source}.cpp"), "-o", str(target))
-        return target, subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        sources = [path.stem for path in sorted(FOLDER.glob("*.cpp"))]
-        asked = {(source, flags): pool.submit(build, source, flags) for flags in FLAGS for source in sources}
-
-        def program(source, flags):
-            target, done = asked[source, flags].result()
-            assert done.returncode == 0, done.stderr[-3000:]
-            return target
-
-        yield program
-
-
-def run(command, *tensors):
-    given = b"".join(t.contiguous().numpy().tobytes() for t in tensors)
-    done = subprocess.run([str(part) for part in command], input=given, capture_output=True)
-    assert done.returncode == 0, done.stderr.decode()[-3000:]
-    return done.stdout
-
-
-def taken(output, *wanted):
-    """The tensors (shape, dtype) that follow each other in raw output."""
-    tensors, at = [], 0
-    for shape, dtype in wanted:
-        size = torch.Size(shape).numel() * dtype.itemsize
-        tensors.append(
-            torch.frombuffer(bytearray(output[at : at + size]), dtype=dtype).view(shape) if size else torch.empty(shape, dtype=dtype)
-        )
-        at += size
-    assert at == len(output)
-    return tensors
-
-
-def dtype_name(tensor):
-    return str(tensor.dtype).removeprefix("torch.")
+FLAGS = ("plain", "sanitized")
 
 
 def solve(program, cost, a, b, options, history=False, kernel="registers", blocks=2, shift=0):
@@ -91,16 +23,16 @@ def solve(program, cost, a, b, options, history=False, kernel="registers", block
     sizes = torch.tensor([batch, n, m, kept, max_iter, check_every, a is None, blocks, shift])
     numbers = [epsilon, -1 if tol is None else tol, *damping, 0 if taus[1] is None else epsilon / taus[1]]
     numbers = torch.tensor([*numbers, reference.CONVERGED_BY_DEFAULT if tol is None else tol], dtype=torch.float64)
-    output = run((program, dtype_name(cost), kernel), sizes, numbers, cost, *(() if a is None else (a, b)))
     shapes = [(batch, n, m), (batch, n), (batch, m), (batch,), (batch,), (batch, kept, n + m)]
-    values = taken(output, *((shape, cost.dtype) for shape in shapes), ((batch,), torch.int32), ((batch,), torch.bool))
+    wanted = [*((shape, cost.dtype) for shape in shapes), ((batch,), torch.int32), ((batch,), torch.bool)]
+    values = program((cost.dtype, kernel), (sizes, numbers, cost, *(() if a is None else (a, b))), wanted)
     return *values[:5], *values[6:], values[5]
 
 
 @pytest.mark.parametrize("flags", FLAGS)
 def test_split(flags, programs):
     """Teams of 2 to 128 lanes: the sums over peers, and what their owners hand back."""
-    (mistakes,) = taken(run((programs("split", flags),)), ((4, 5), torch.int32))
+    (mistakes,) = programs("split", flags)((), (), [((4, 5), torch.int32)])
     assert not mistakes.any(), mistakes
 
 
@@ -239,8 +171,8 @@ def differentiate(program, cost, a, b, plan, grads, options, blocks=2):
     sizes = torch.tensor([*plan.shape, blocks, *(g is not None for g in grads)])
     numbers = torch.tensor([epsilon, *(0.0 if tau is None else epsilon / tau for tau in taus)], dtype=torch.float64)
     given = (cost.mT, None if grad_plan is None else grad_plan.mT, a, b, plan, *others)
-    output = run((program, dtype_name(cost)), sizes, numbers, *(t for t in given if t is not None))
-    return taken(output, *((t.shape, cost.dtype) for t in (cost, a, b)))
+    given = (sizes, numbers, *(t for t in given if t is not None))
+    return program((cost.dtype,), given, [(t.shape, cost.dtype) for t in (cost, a, b)])
 
 
 def compare_gradients(program, cost, a, b, what, every_incoming, **given):
