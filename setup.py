@@ -7,7 +7,6 @@ import os
 import shutil
 import sys
 import sysconfig
-from concurrent.futures import ThreadPoolExecutor
 from glob import glob
 
 from setuptools import Extension, find_packages, setup
@@ -44,25 +43,12 @@ class Build(BuildExtension):
     def build_extension(self, extension):
         """A library that cannot be built is left out, unless HELO_FAST_CUDA=1 forces it: the package says so in info()."""
         try:
-            self.link_with_nvcc(extension) if extension.name.endswith("_C_cuda") else self.compile_and_link(extension)
+            self.link_with_nvcc(extension) if extension.name.endswith("_C_cuda") else super().build_extension(extension)
         except Exception as error:
             if extension.name.endswith("_C_cuda") and os.environ.get("HELO_FAST_CUDA") == "1":
                 raise
             self.warn(f"{extension.name} was not built ({error}); the package works without it, see helo_fast.info()")
             extension.optional = True  # so that its absence is accepted later on
-
-    def compile_and_link(self, extension):
-        """The sources at once, by threads where there is no ninja to do it."""
-        if not self.use_ninja and self.compiler.compiler_type == "unix":
-            vars(self.compiler).pop("_compile", None)  # torch's, for CUDA sources: it swaps the compiler meanwhile
-            compile_one = self.compiler.compile
-
-            def compile_all(sources, **options):
-                with ThreadPoolExecutor(int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)) as pool:
-                    return [path for paths in pool.map(lambda source: compile_one([source], **options), sources) for path in paths]
-
-            self.compiler.compile = compile_all
-        super().build_extension(extension)
 
     def link_with_nvcc(self, extension):
         """torch's CUDAExtension refuses where torch itself has no CUDA; the stable ABI needs none."""

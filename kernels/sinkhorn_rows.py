@@ -45,9 +45,16 @@ def _log2(mass):
 
 
 @triton.jit
+def _space(cost, cost_stride_n, cost_stride_m, a, a_stride_n, n, minus_inverse_epsilon):
+    """What _stripe reads, of one problem: -log2(e) / epsilon comes as a sum of two, so that M is rounded once or so."""
+    dtype: tl.constexpr = cost.dtype.element_ty
+    scale = tl.full((), minus_inverse_epsilon, tl.float64) / LN_2
+    return cost, cost_stride_n, cost_stride_m, a, a_stride_n, n, scale.to(dtype), (scale - scale.to(dtype).to(tl.float64)).to(dtype)
+
+
+@triton.jit
 def _stripe(space, start, b, j, ROWS: tl.constexpr):
-    """(rows [1, ROWS, 1], their mass, M, cost) of a stripe; cost is 0 where there is no mass. -log2(e) / epsilon comes as a sum of two, so
-    that M is rounded once or so."""
+    """(rows [1, ROWS, 1], their mass, M, cost) of a stripe; cost is 0 where there is no mass."""
     cost, stride_n, stride_m, a, a_stride, n, scale, rest = space
     i = start + tl.arange(0, ROWS)[None, :, None]
     mass = tl.load(a + i.to(tl.int64) * a_stride, mask=i < n, other=0.0)
@@ -89,6 +96,34 @@ def _log2sumexp2(space, phi, b, j, ROWS: tl.constexpr):
     return most + tl.log2(tl.sum(total * tl.exp2(top - most), 1, keep_dims=True))
 
 
+@triton.jit
+def _next(space, phi, gamma, sums, b, j, kappa_b, ROWS: tl.constexpr):
+    """gamma from the plan's column sums; from phi, in a pass of its own, where one may have lost something to underflow, or overflows."""
+    TINY: tl.constexpr = 1e-22 if b.dtype == tl.float32 else 1e-200  # sums above it have lost nothing to underflow
+    lost = tl.max(tl.max(tl.max(tl.where((b > 0) & ~((sums > TINY) & (sums < 1 / TINY)), 1, 0), 0), 1), 0)
+    if lost != 0:
+        tl.debug_barrier()  # phi has been written
+        gamma = -kappa_b * _log2sumexp2(space, phi, b, j, ROWS)
+        tl.debug_barrier()  # and read
+    elif kappa_b != 1:
+        gamma = -kappa_b * (tl.log2(sums) - (_log2(b) + gamma))
+    else:
+        gamma += tl.log2(b / sums)
+    return tl.where(b > 0, gamma, float("-inf"))
+
+
+@triton.jit
+def _with_mass(b, gamma):
+    return tl.where(b > 0, _log2(b) + gamma, float("-inf"))
+
+
+@triton.jit
+def _error(sums, b, gamma, slope_b):
+    """L1 distance of the column marginal from b exp2(-slope_b gamma), which is b if balanced."""
+    target = tl.where(b > 0, b * tl.exp2(-slope_b * gamma), 0.0)
+    return tl.sum(tl.sum(tl.sum(tl.abs(sums - target), 0), 1), 0)
+
+
 @triton.jit(do_not_specialize=["cost_stride_b", "cost_stride_n", "cost_stride_m", "n", "m", "max_iter", "check_every", "kept"])
 def _sinkhorn_rows_kernel(
     cost,  # [B, n, m], any strides
@@ -126,9 +161,6 @@ def _sinkhorn_rows_kernel(
     LANES: tl.constexpr,
 ):
     dtype: tl.constexpr = cost.dtype.element_ty
-    TINY: tl.constexpr = 1e-22 if dtype == tl.float32 else 1e-200  # sums above it have lost nothing to underflow
-    scale = tl.full((), minus_inverse_epsilon, tl.float64) / LN_2
-    rest = (scale - scale.to(dtype).to(tl.float64)).to(dtype)
     unit = (tl.full((), epsilon, tl.float64) * LN_2).to(dtype)
     epsilon = tl.full((), epsilon, dtype)
     tol = tl.full((), tol, dtype)
@@ -139,7 +171,7 @@ def _sinkhorn_rows_kernel(
 
     problem = tl.program_id(0).to(tl.int64)
     a += problem * a_stride_b
-    space = (cost + problem * cost_stride_b, cost_stride_n, cost_stride_m, a, a_stride_n, n, scale.to(dtype), rest)
+    space = _space(cost + problem * cost_stride_b, cost_stride_n, cost_stride_m, a, a_stride_n, n, minus_inverse_epsilon)
     f += problem * n
     g += problem * m
     plan += problem * n * m
@@ -155,17 +187,8 @@ def _sinkhorn_rows_kernel(
     iteration = 0
     running = True
     while running:
-        lost = tl.max(tl.max(tl.max(tl.where((b > 0) & ~((sums > TINY) & (sums < 1 / TINY)), 1, 0), 0), 1), 0)
-        if lost != 0:
-            tl.debug_barrier()  # phi has been written
-            gamma = -kappa_b * _log2sumexp2(space, f, b, j, ROWS)
-            tl.debug_barrier()  # and read
-        elif kappa_b != 1:
-            gamma = -kappa_b * (tl.log2(sums) - (_log2(b) + gamma))
-        else:
-            gamma += tl.log2(b / sums)
-        gamma = tl.where(b > 0, gamma, float("-inf"))
-        beta = tl.where(b > 0, _log2(b) + gamma, float("-inf"))
+        gamma = _next(space, f, gamma, sums, b, j, kappa_b, ROWS)
+        beta = _with_mass(b, gamma)
         past = history + (problem * kept + iteration) * (n + m)
         if kept > 0:
             tl.store(past + n + j, gamma * LN_2, mask=j < m)
@@ -181,13 +204,12 @@ def _sinkhorn_rows_kernel(
         iteration += 1
         running = iteration < max_iter
         if ((iteration % check_every == 0) & (tol >= 0)) | ~running:
-            target = tl.where(b > 0, b * tl.exp2(-slope_b * gamma), 0.0)
-            error = tl.sum(tl.sum(tl.sum(tl.abs(sums - target), 0), 1), 0)
+            error = _error(sums, b, gamma, slope_b)
             running &= ~(error <= tol)
 
     tl.debug_barrier()  # f is written again
     spent = tl.zeros((BLOCK // LANES, ROWS, LANES), dtype)
-    beta = tl.where(b > 0, _log2(b) + gamma, float("-inf"))
+    beta = _with_mass(b, gamma)
     for start in range(0, n, ROWS):
         i, mass, M, C = _stripe(space, start, b, j, ROWS)
         phi, T = _rows(M, mass, beta, kappa_a, slope_a)

@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .sinkhorn_rows import LN_2, TILES, _log2, _log2sumexp2, _rows, _stripe, compiler_options
+from .sinkhorn_rows import LN_2, TILES, _error, _next, _rows, _space, _stripe, _with_mass, compiler_options
 from .variant import Variant
 
 BLOCK, DTYPE, PARTS = 1024, torch.float32, 8
@@ -50,9 +50,8 @@ def _problem(
     cost_stride_b, cost_stride_n, cost_stride_m, a_stride_b, a_stride_n, b_stride_b, b_stride_m = strides
     problem = (tl.program_id(0) // PARTS).to(tl.int64)
     part = tl.program_id(0) % PARTS
-    scale = tl.full((), minus_inverse_epsilon, tl.float64) / LN_2
-    rest = (scale - scale.to(dtype).to(tl.float64)).to(dtype)
-    space = (cost + problem * cost_stride_b, cost_stride_n, cost_stride_m, a + problem * a_stride_b, a_stride_n, n, scale.to(dtype), rest)
+    a += problem * a_stride_b
+    space = _space(cost + problem * cost_stride_b, cost_stride_n, cost_stride_m, a, a_stride_n, n, minus_inverse_epsilon)
     j = tl.arange(0, COLUMNS // LANES)[:, None, None] * LANES + tl.arange(0, LANES)[None, None, :]
     b = tl.load(b + problem * b_stride_b + j.to(tl.int64) * b_stride_m, mask=j < m, other=0.0)
     size = tl.cdiv(n, PARTS)
@@ -80,12 +79,6 @@ def _column_sums(sums, problem, j, m, PARTS: tl.constexpr):
     for part in range(PARTS):
         total += tl.load(sums + (problem * PARTS + part) * m + j, mask=j < m, other=0.0)
     return total
-
-
-@triton.jit
-def _error(sums, b, gamma, slope_b):
-    target = tl.where(b > 0, b * tl.exp2(-slope_b * gamma), 0.0)
-    return tl.sum(tl.sum(tl.sum(tl.abs(sums - target), 0), 1), 0)
 
 
 @triton.jit(do_not_specialize=["cost_stride_b", "cost_stride_n", "cost_stride_m", "n", "m", "iteration", "check_every", "kept"])
@@ -126,7 +119,6 @@ def _sinkhorn_stripes_kernel(
     PARTS: tl.constexpr,
 ):
     dtype: tl.constexpr = cost.dtype.element_ty
-    TINY: tl.constexpr = 1e-22 if dtype == tl.float32 else 1e-200  # sums above it have lost nothing to underflow
     strides = cost_stride_b, cost_stride_n, cost_stride_m, a_stride_b, a_stride_n, b_stride_b, b_stride_m
     problem, part, first, stop, space, j, b, numbers = _problem(
         cost, a, b, strides, n, m, minus_inverse_epsilon, kappa_a, kappa_b, slope_a, slope_b, tol, COLUMNS, LANES, PARTS
@@ -141,15 +133,8 @@ def _sinkhorn_stripes_kernel(
             if ~running:
                 tl.store(n_iter + problem, iteration - 1)
         if running:
-            lost = tl.max(tl.max(tl.max(tl.where((b > 0) & ~((total > TINY) & (total < 1 / TINY)), 1, 0), 0), 1), 0)
-            if lost != 0:
-                potential = -kappa_b * _log2sumexp2(space, phi + problem * n, b, j, ROWS)
-            elif kappa_b != 1:
-                potential = -kappa_b * (tl.log2(total) - (_log2(b) + potential))
-            else:
-                potential += tl.log2(b / total)
-            potential = tl.where(b > 0, potential, float("-inf"))
-            beta = tl.where(b > 0, _log2(b) + potential, float("-inf"))
+            potential = _next(space, phi + problem * n, potential, total, b, j, kappa_b, ROWS)
+            beta = _with_mass(b, potential)
             past = history + (problem * kept + iteration - 1) * (n + m)
             if part == 0:
                 tl.store(new_gamma + problem * m + j, potential, mask=j < m)
@@ -213,7 +198,7 @@ def _sinkhorn_stripes_end_kernel(
     iterations = tl.where(iterations > 0, iterations, max_iter)
     at = (iterations % 2) * batch + problem
     potential = tl.load(gamma + at * m + j, mask=j < m, other=0.0)
-    beta = tl.where(b > 0, _log2(b) + potential, float("-inf"))
+    beta = _with_mass(b, potential)
     moved = tl.zeros((COLUMNS // LANES, ROWS, LANES), dtype)
     for start in range(first, stop, ROWS):
         i, mass, M, C = _stripe_of(space, start, stop, b, j, ROWS)

@@ -39,6 +39,28 @@ using RowsOf = Side<scalar, Grid::kTileRows, Grid::kColumns, 1, Grid::kRows>;
 template <typename scalar, typename Grid>
 using ColumnsOf = Side<scalar, Grid::kTileColumns, Grid::kRows, Grid::kColumns, Grid::kColumns>;
 
+// Where a lane stands. The compiler does not know it: what one phase makes of it does not wait in registers for the next.
+template <typename Grid, typename Rows, typename Columns>
+HELO_FAST_HD void take_place(int lane, Rows& rows, Columns& columns) {
+  lane = opaque(lane);
+  rows.place = columns.peer = lane / Grid::kColumns;
+  columns.place = rows.peer = lane % Grid::kColumns;
+}
+
+// One side's sums of K times the other side's scaling.
+template <bool of_rows, typename Team, typename scalar, int rows, int columns, typename Mine, typename Other>
+HELO_FAST_HD void sum_products(Team& team, const scalar (&K)[rows][columns], Mine& mine, const Other& other) {
+  scalar parts[Mine::kTile];
+  HELO_FAST_UNROLL
+  for (int s = 0; s < Mine::kTile; ++s) {
+    parts[s] = 0;
+    HELO_FAST_UNROLL
+    for (int t = 0; t < Other::kTile; ++t) parts[s] += (of_rows ? K[s][t] : K[t][s]) * other.scaling[t];
+  }
+  Mine::Split::reduce(team, parts, mine.sums, Plus());
+  Mine::Split::for_owned([&](int k, auto) { mine.sums[k] += mine.empty[k]; });
+}
+
 // mass / sum to two ulps, of a sum that is far from underflow: the division that is right to the last bit costs as much as the sum.
 HELO_FAST_HD double quotient(double mass, double sum) { return mass / sum; }
 HELO_FAST_HD float quotient(float mass, float sum) {

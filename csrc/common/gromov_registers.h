@@ -11,19 +11,13 @@
 #include <type_traits>
 
 #include "grid.h"
+#include "row_products.h"
 
 namespace helo_fast {
 
-template <typename scalar>
-struct SharedMatrix {
-  scalar* data;
-  int stride;
-  HELO_FAST_HD scalar& operator()(int i, int j) const { return data[i * stride + j]; }
-};
-
 template <typename Grid>
 struct GromovPlanShared {
-  double alpha[Grid::kMaxRows];                                                             // log x, and the mass
+  double alpha[Grid::kMaxRows];  // log x, and the mass
   double log_u[Grid::kMaxColumns], beta[Grid::kMaxColumns], psi[Grid::kMaxColumns], g[Grid::kMaxColumns];
 };
 
@@ -124,12 +118,7 @@ class GromovPlan {
   using Rows = RowsOf<scalar, Grid>;
   using Columns = ColumnsOf<scalar, Grid>;
 
-  // Anew in each phase: addresses that one has made of it do not wait in registers for the next.
-  HELO_FAST_HD void take_place() {
-    const int lane = opaque(team_.lane());
-    rows_.place = columns_.peer = lane / Grid::kColumns;
-    columns_.place = rows_.peer = lane % Grid::kColumns;
-  }
+  HELO_FAST_HD void take_place() { helo_fast::take_place<Grid>(team_.lane(), rows_, columns_); }
 
   template <bool of_rows>
   HELO_FAST_HD auto& side() {
@@ -165,25 +154,8 @@ class GromovPlan {
   }
 
   template <bool of_rows>
-  HELO_FAST_HD scalar& K_at(int mine, int other) {
-    return of_rows ? K_[mine][other] : K_[other][mine];
-  }
-
-  // This side's sums of K times the other side's scaling.
-  template <bool of_rows>
   HELO_FAST_HD void sum() {
-    auto& mine = side<of_rows>();
-    auto& other = side<!of_rows>();
-    using Split = typename std::decay_t<decltype(mine)>::Split;
-    scalar parts[mine.kTile];
-    HELO_FAST_UNROLL
-    for (int s = 0; s < mine.kTile; ++s) {
-      parts[s] = 0;
-      HELO_FAST_UNROLL
-      for (int t = 0; t < other.kTile; ++t) parts[s] += K_at<of_rows>(s, t) * other.scaling[t];
-    }
-    Split::reduce(team_, parts, mine.sums, Plus());
-    Split::for_owned([&](int k, auto) { mine.sums[k] += mine.empty[k]; });
+    sum_products<of_rows>(team_, K_, side<of_rows>(), side<!of_rows>());
   }
 
   HELO_FAST_HD static bool is_safe(scalar x) { return x > 1 / kRange && x < kRange; }
@@ -370,7 +342,7 @@ class GromovPlan {
   const Matrix N_;
   Team& team_;
   Rows rows_;
-  Columns columns_;                                  // owned: u
+  Columns columns_;  // owned: u
   scalar last_[Columns::kOwned], first_[Columns::kOwned];  // sums K' z of the last step and of the first
   scalar largest_b_ = 0;
   unsigned alive_rows_ = 0, alive_columns_ = 0;  // of the tile, a bit each

@@ -3,8 +3,7 @@
 //
 // IPOT meets the column marginal last, Sinkhorn the row marginal: "entropic" is solved with x and y exchanged, as rows and columns.
 // Costs stand less their means: C of the rows' space, D of the columns', both symmetric. G's part C T D is two products of rows with rows,
-// P = C T and P D: so the plan stands transposed, and every operand is read along its rows, 16 bytes at a time. Rows are an odd number of
-// such pieces apart, which meets all banks. Lanes hold tiles of the products as in grid.h, but each in the order of its entries.
+// P = C T and P D (row_products.h): so the plan stands transposed.
 //
 // Points without mass are zero tokens; they count nowhere, and their costs are 0.
 #pragma once
@@ -26,14 +25,12 @@ struct GromovBatch : GromovArguments<scalar> {  // of tokens; spaces.extremes [e
 template <typename scalar, typename Grid, typename Team>
 class GromovTokens {
  public:
-  static constexpr int kLargest = Grid::kMaxRows < Grid::kMaxColumns ? Grid::kMaxRows : Grid::kMaxColumns;  // of n and m
-
   // memory: shared_bytes() of shared memory, aligned to 16 bytes.
   HELO_FAST_HD GromovTokens(const GromovBatch<scalar>& x, unsigned char* memory, Team& team)
       : x_(x), s_(x.spaces), team_(team), rows_(space(x.entropic)), columns_(space(!x.entropic)), layout_(layout(x)),
         values_(reinterpret_cast<scalar*>(memory + sizeof(PlanShared))), C_(matrix(layout_.C, rows_.count)),
         D_(matrix(layout_.D, columns_.count)), T_(matrix(layout_.T, rows_.count)), P_(matrix(layout_.P, columns_.count)),
-        cross_{layout_.cross < 0 ? nullptr : values_ + layout_.cross, stride(columns_.count)},
+        cross_{layout_.cross < 0 ? nullptr : values_ + layout_.cross, RowProducts::stride(columns_.count)},
         plan_(*reinterpret_cast<PlanShared*>(memory), P_, team) {
     take_place();
     for (int k = team.lane(); k < layout_.T; k += Team::kLanes) values_[k] = 0;
@@ -77,19 +74,17 @@ class GromovTokens {
  private:
   using Plan = GromovPlan<scalar, Grid, Team>;
   using PlanShared = typename Plan::Shared;
-  using Matrix = SharedMatrix<scalar>;
+  using RowProducts = helo_fast::RowProducts<scalar, Grid>;
+  using Matrix = typename RowProducts::Matrix;
+  using Tile = typename RowProducts::Tile;
+  static constexpr int kPiece = RowProducts::kPiece;
   static constexpr scalar kInfinity = scalar(HUGE_VAL);
   static constexpr int kMost = Grid::kMaxRows > Grid::kMaxColumns ? Grid::kMaxRows : Grid::kMaxColumns;
-  static constexpr int kPiece = 16 / int(sizeof(scalar));  // entries of 16 bytes
-  static constexpr int kChunk = 64;                        // columns of the tokens that are in shared memory at a time
+  static constexpr int kChunk = 64;  // columns of the tokens that are in shared memory at a time
   static constexpr int kChunkStride = kChunk + kPiece;
-  enum Which { kRows, kColumns, kAcross };                 // whose costs: their loops are rolled, for there is much code in them
+  enum Which { kRows, kColumns, kAcross };  // whose costs: their loops are rolled, for there is much code in them
   static constexpr double kNormFloor = 1e-12;  // of a token, in its cosine cost
   static_assert(sizeof(PlanShared) % 16 == 0 && kMost * int(sizeof(scalar)) % 16 == 0);
-
-  struct alignas(16) Piece {
-    scalar at[kPiece];
-  };
 
   struct Ends {  // the extremes of costs
     scalar low = kInfinity, high = -kInfinity;
@@ -112,8 +107,6 @@ class GromovTokens {
     return is_y ? Space{s_.y, s_.b, int(s_.m)} : Space{s_.x, s_.a, int(s_.n)};
   }
 
-  HELO_FAST_HD static int stride(int count) { return ((count + kPiece - 1) / kPiece | 1) * kPiece; }
-
   // Where each matrix and vector begins; the chunks of tokens stand where T and P, which is also N, come after them.
   struct Layout {
     int row_mass, column_mass, scale, columns, row_sum, column_sum, numbers;  // scale of rows, then of columns
@@ -121,7 +114,7 @@ class GromovTokens {
   };
   HELO_FAST_HD static Layout layout(const GromovBatch<scalar>& x) {
     const auto& s = x.spaces;
-    const int across = stride(int(x.entropic ? s.n : s.m)), down = stride(int(x.entropic ? s.m : s.n));
+    const int across = RowProducts::stride(int(x.entropic ? s.n : s.m)), down = RowProducts::stride(int(x.entropic ? s.m : s.n));
     const bool fused = s.alpha < 1, chunks_of_both = fused && !s.cost_xy;
     Layout at;
     at.row_mass = 0, at.column_mass = kMost, at.scale = 2 * kMost, at.columns = 4 * kMost, at.row_sum = 5 * kMost;
@@ -135,53 +128,14 @@ class GromovTokens {
     if (fused) at.count += Grid::kMaxRows * across;
     return at;
   }
-  HELO_FAST_HD Matrix matrix(int at, int count) const { return {values_ + at, stride(count)}; }
+  HELO_FAST_HD Matrix matrix(int at, int count) const { return {values_ + at, RowProducts::stride(count)}; }
   HELO_FAST_HD scalar* vector(int at) const { return values_ + at; }
 
   HELO_FAST_HD scalar* masses(bool of_rows) const { return vector(of_rows ? layout_.row_mass : layout_.column_mass); }
   HELO_FAST_HD scalar* scales(bool of_rows) const { return vector(layout_.scale + (of_rows ? 0 : kMost)); }
   HELO_FAST_HD int count(bool of_rows) const { return of_rows ? rows_.count : columns_.count; }
 
-  // Anew in each phase: addresses that one has made of it do not wait in registers for the next.
-  HELO_FAST_HD void take_place() {
-    const int lane = opaque(team_.lane());
-    row_ = lane / Grid::kColumns, column_ = lane % Grid::kColumns;
-  }
-  HELO_FAST_HD int row(int s) const { return row_ + Grid::kRows * s; }
-  HELO_FAST_HD int column(int t) const { return column_ + Grid::kColumns * t; }
-
-  using Tile = scalar[Grid::kTileRows][Grid::kTileColumns];
-
-  // body(s, t, i, j) over this lane's tile.
-  template <typename Body>
-  HELO_FAST_HD void for_tile(const Body& body) const {
-    unroll<Grid::kTileRows>([&](auto s) { unroll<Grid::kTileColumns>([&](auto t) { body(s, t, row(s), column(t)); }); });
-  }
-
-  HELO_FAST_HD void clear(Tile& tile) const {
-    for_tile([&](auto s, auto t, int, int) { tile[s][t] = 0; });
-  }
-
-  // tile_ij += sum_k left_ik right_jk, k < length, a multiple of kPiece.
-  HELO_FAST_HD void add_products(Matrix left, Matrix right, int length, Tile& tile) const {
-    HELO_FAST_ROLLED
-    for (int k = 0; k < length; k += kPiece) {
-      Piece down[Grid::kTileRows];
-      HELO_FAST_UNROLL
-      for (int s = 0; s < Grid::kTileRows; ++s) down[s] = *reinterpret_cast<const Piece*>(&left(row(s), k));
-      HELO_FAST_UNROLL
-      for (int t = 0; t < Grid::kTileColumns; ++t) {
-        const Piece across = *reinterpret_cast<const Piece*>(&right(column(t), k));
-        HELO_FAST_UNROLL
-        for (int s = 0; s < Grid::kTileRows; ++s) {
-          HELO_FAST_UNROLL
-          for (int p = 0; p < kPiece; ++p) tile[s][t] += down[s].at[p] * across.at[p];
-        }
-      }
-    }
-  }
-
-  HELO_FAST_HD static int whole_pieces(int count) { return (count + kPiece - 1) / kPiece * kPiece; }
+  HELO_FAST_HD void take_place() { products_.take_place(team_.lane()); }
 
   // What would wait in registers for long: the extremes over the batch of the rows' costs, then of the columns', and their means.
   enum Number { kRowEnds, kColumnEnds = 2, kRowMean = 4, kColumnMean };
@@ -256,15 +210,16 @@ class GromovTokens {
   // Inner products of the tokens of one side, or of rows with columns.
   HELO_FAST_HD void gram(int which, Tile& tile) {
     const Matrix left{values_ + layout_.T, kChunkStride}, right{left.data + (which == kAcross ? kMost * kChunkStride : 0), kChunkStride};
-    clear(tile);
+    products_.clear(tile);
     HELO_FAST_ROLLED
     for (int first = 0; first < int(s_.width); first += kChunk) {
-      const int rest = whole_pieces(int(s_.width) - first), length = rest < kChunk ? rest : kChunk;
+      const int rest = RowProducts::whole_pieces(int(s_.width) - first), length = rest < kChunk ? rest : kChunk;
       team_.sync();  // what stood here has been read
       HELO_FAST_ROLLED
-      for (int side = which == kColumns ? 1 : 0; side <= (which == kRows ? 0 : 1); ++side) fetch(side == 0, first, length, side == 0 ? left : right);
+      for (int side = which == kColumns ? 1 : 0; side <= (which == kRows ? 0 : 1); ++side)
+        fetch(side == 0, first, length, side == 0 ? left : right);
       team_.await_copies();
-      add_products(left, right, length, tile);
+      products_.add(left, right, length, tile);
     }
   }
 
@@ -276,11 +231,11 @@ class GromovTokens {
     take_place();
     const scalar *mass = masses(of_rows), floor = scalar(kNormFloor);
     scalar* scale = scales(of_rows);
-    for_tile([&](auto s, auto t, int i, int j) {
+    products_.for_tile([&](auto s, auto t, int i, int j) {
       if (i == j) scale[i] = 1 / Larger()(std::sqrt(costs[s][t]), floor);
     });
     team_.sync();
-    for_tile([&](auto s, auto t, int i, int j) {
+    products_.for_tile([&](auto s, auto t, int i, int j) {
       const bool inside = mass[i] > 0 && mass[j] > 0;
       const scalar c = inside ? cosine_cost(costs[s][t], scale[i] * scale[j]) : 0;
       costs[s][t] = c;
@@ -317,7 +272,7 @@ class GromovTokens {
     const scalar cut = ends.low + scalar(s_.threshold) * (ends.high - ends.low);
     const scalar* mass = masses(of_rows);
     double sum = 0;
-    for_tile([&](auto s, auto t, int i, int j) {
+    products_.for_tile([&](auto s, auto t, int i, int j) {
       const bool inside = mass[i] > 0 && mass[j] > 0;
       costs[s][t] = inside ? Larger()(costs[s][t] - cut, scalar(0)) : 0;
       sum += double(costs[s][t]);
@@ -330,22 +285,22 @@ class GromovTokens {
       const scalar c = number(kRowMean);
       unroll<Grid::kTileRows>([&](auto s) {
         scalar part = 0;
-        unroll<Grid::kTileColumns>([&](auto t) { part += mass[column(t)] * (costs[s][t] * (costs[s][t] - 2 * c)); });
+        unroll<Grid::kTileColumns>([&](auto t) { part += mass[products_.column(t)] * (costs[s][t] * (costs[s][t] - 2 * c)); });
         HELO_FAST_UNROLL
         for (int mask = 1; mask < Grid::kColumns; mask *= 2) part += team_.exchange(part, mask);
-        if (column_ == 0) vector(layout_.columns)[row(s)] = part;
+        if (products_.is_first_column()) vector(layout_.columns)[products_.row(s)] = part;
       });
     }
     scalar* const to = of_rows ? C_.data : D_.data;
     const int stride = of_rows ? C_.stride : D_.stride;
-    for_tile([&](auto s, auto t, int i, int j) {
+    products_.for_tile([&](auto s, auto t, int i, int j) {
       if (i < size && j < size) to[i * stride + j] = mass[i] > 0 && mass[j] > 0 ? costs[s][t] - mean : 0;
     });
   }
 
   HELO_FAST_HD void keep_across(const Tile& products) {
     take_place();
-    for_tile([&](auto s, auto t, int i, int j) {
+    products_.for_tile([&](auto s, auto t, int i, int j) {
       if (masses(true)[i] > 0 && masses(false)[j] > 0) cross_(i, j) = cosine_cost(products[s][t], scales(true)[i] * scales(false)[j]);
     });
   }
@@ -368,7 +323,7 @@ class GromovTokens {
     const int most = int(x_.outer_iter);
     int iterations = solved ? 0 : x_.tol < 0 ? most : 1;
     double change = 0;
-    Products products;
+    PlanSums sums;
     if (solved) {
       read_costs();
       start();
@@ -377,14 +332,14 @@ class GromovTokens {
         Tile product;
         between(product);
         if (iterations == most || (iterations > 0 && x_.tol >= 0 && change <= x_.tol)) {
-          products = with_plan(product);
+          sums = with_plan(product);
           break;
         }
         change = iterate(product);
         ++iterations;
       }
     }
-    write(solved, products, change, iterations);
+    write(solved, sums, change, iterations);
   }
 
   // T = a b'.
@@ -402,22 +357,22 @@ class GromovTokens {
   // C T D of the plan; what P held has been read, or is lost.
   HELO_FAST_HD void between(Tile& product) {
     take_place();
-    clear(product);
-    add_products(C_, T_, whole_pieces(rows_.count), product);
-    for_tile([&](auto s, auto t, int i, int j) {
+    products_.clear(product);
+    products_.add(C_, T_, RowProducts::whole_pieces(rows_.count), product);
+    products_.for_tile([&](auto s, auto t, int i, int j) {
       if (j < P_.stride) P_(i, j) = product[s][t];
     });
     team_.sync();
     take_place();
-    clear(product);
-    add_products(P_, D_, whole_pieces(columns_.count), product);
+    products_.clear(product);
+    products_.add(P_, D_, RowProducts::whole_pieces(columns_.count), product);
     team_.sync();
   }
 
   // The next plan, from C T D of this one; returns its change.
   HELO_FAST_HD double iterate(const Tile& product) {
     take_place();
-    for_tile([&](auto s, auto t, int i, int j) {
+    products_.for_tile([&](auto s, auto t, int i, int j) {
       if (j < P_.stride) P_(i, j) = product[s][t];
     });
     team_.sync();
@@ -430,13 +385,13 @@ class GromovTokens {
   }
 
   // Of the plan with C T D and with the costs across; this lane's part.
-  struct Products {
+  struct PlanSums {
     double inner = 0, across = 0;
   };
-  HELO_FAST_HD Products with_plan(const Tile& product) {
+  HELO_FAST_HD PlanSums with_plan(const Tile& product) {
     take_place();
-    Products sums;
-    for_tile([&](auto s, auto t, int i, int j) {
+    PlanSums sums;
+    products_.for_tile([&](auto s, auto t, int i, int j) {
       if (i >= rows_.count || j >= columns_.count) return;
       const scalar T = T_(j, i);
       sums.inner += double(T * product[s][t]);
@@ -463,7 +418,7 @@ class GromovTokens {
 
   // sum_ik cost_ik w_i w_k, and of the squares; this lane's part.
   HELO_FAST_HD void add_moments(Matrix cost, int count, const scalar* weights, double& first, double& second) const {
-    for_tile([&](auto, auto, int i, int j) {
+    products_.for_tile([&](auto, auto, int i, int j) {
       if (i >= count || j >= count) return;
       const scalar v = cost(i, j), weighed = weights[i] * weights[j] * v;
       first += double(weighed);
@@ -472,7 +427,7 @@ class GromovTokens {
   }
 
   // With the means out, its quadratic part is sum_ijkl (C_ik - D_jl + c - d)^2 T_ij T_kl.
-  HELO_FAST_HD double objective(const Products& products) {
+  HELO_FAST_HD double objective(const PlanSums& sums) {
     take_place();
     double mass = 0, x = 0, x_square = 0, y = 0, y_square = 0;
     const scalar *row_sum = vector(layout_.row_sum), *column_sum = vector(layout_.column_sum);
@@ -480,13 +435,14 @@ class GromovTokens {
     add_moments(C_, rows_.count, row_sum, x, x_square);
     add_moments(D_, columns_.count, column_sum, y, y_square);
     mass = reduce_all(team_, mass, Plus());
-    const double shift = double(number(kRowMean)) - double(number(kColumnMean)), part = x_square + y_square - 2 * products.inner + 2 * shift * (x - y);
+    const double shift = double(number(kRowMean)) - double(number(kColumnMean));
+    const double part = x_square + y_square - 2 * sums.inner + 2 * shift * (x - y);
     double quadratic = reduce_all(team_, part, Plus()) + shift * shift * mass * mass;
     quadratic = quadratic > 0 ? quadratic : 0;  // below by rounding alone
-    return cross_.data ? s_.alpha * quadratic + (1 - s_.alpha) * reduce_all(team_, products.across, Plus()) : quadratic;
+    return cross_.data ? s_.alpha * quadratic + (1 - s_.alpha) * reduce_all(team_, sums.across, Plus()) : quadratic;
   }
 
-  HELO_FAST_HD void write(bool solved, const Products& products, double change, int iterations) {
+  HELO_FAST_HD void write(bool solved, const PlanSums& sums, double change, int iterations) {
     const int64_t entries = s_.n * s_.m;
     scalar* plan = x_.plan + problem_ * entries;
     HELO_FAST_ROLLED
@@ -494,7 +450,7 @@ class GromovTokens {
       const int across = int(s_.m), i = k / across, j = k % across;
       plan[k] = !solved ? scalar(0) : x_.entropic ? T_(i, j) : T_(j, i);
     }
-    const double error = find_marginals(solved), cost = solved ? objective(products) : 0;
+    const double error = find_marginals(solved), cost = solved ? objective(sums) : 0;
     if (team_.lane() != 0) return;
     x_.gw_cost[problem_] = scalar(cost);
     x_.marginal_error[problem_] = scalar(error);
@@ -512,7 +468,7 @@ class GromovTokens {
   const Matrix T_, P_;      // the plan [columns, rows]; C T [rows, columns], which becomes the gain, then N
   const Matrix cross_;      // [rows, columns], or none
   Plan plan_;
-  int row_ = 0, column_ = 0;  // this lane's place in the grid
+  RowProducts products_;
   int64_t problem_ = 0;
   int alive_rows_ = 0, alive_columns_ = 0;
 };

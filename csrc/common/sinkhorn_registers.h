@@ -77,11 +77,7 @@ class SinkhornRegisters {
     return (of_rows ? shared_.log_a : shared_.log_b)[at];
   }
 
-  HELO_FAST_HD void take_place() {
-    const int lane = opaque(team_.lane());
-    rows_.place = columns_.peer = lane / Grid::kColumns;
-    columns_.place = rows_.peer = lane % Grid::kColumns;
-  }
+  HELO_FAST_HD void take_place() { helo_fast::take_place<Grid>(team_.lane(), rows_, columns_); }
 
   HELO_FAST_HD void solve(int64_t problem) {
     problem_ = problem;
@@ -173,25 +169,8 @@ class SinkhornRegisters {
   }
 
   template <bool of_rows>
-  HELO_FAST_HD scalar& K_at(int mine, int other) {
-    return of_rows ? K_[mine][other] : K_[other][mine];
-  }
-
-  // This side's sums of K times the other side's scaling.
-  template <bool of_rows>
   HELO_FAST_HD void sum() {
-    auto& mine = side<of_rows>();
-    auto& other = side<!of_rows>();
-    using Split = typename std::decay_t<decltype(mine)>::Split;
-    scalar parts[mine.kTile];
-    HELO_FAST_UNROLL
-    for (int s = 0; s < mine.kTile; ++s) {
-      parts[s] = 0;
-      HELO_FAST_UNROLL
-      for (int t = 0; t < other.kTile; ++t) parts[s] += K_at<of_rows>(s, t) * other.scaling[t];
-    }
-    Split::reduce(team_, parts, mine.sums, Plus());
-    Split::for_owned([&](int k, auto) { mine.sums[k] += mine.empty[k]; });
+    sum_products<of_rows>(team_, K_, side<of_rows>(), side<!of_rows>());
   }
 
   // This side's scaling from its sums; false, and nothing changed but `owned`, if a lane's is not safe.
