@@ -12,6 +12,8 @@ import time
 import torch
 from torch.profiler import ProfilerActivity, profile
 
+from helo_fast._allocator import keep_freed_memory
+
 from .steps import TrainingStep
 
 LEAST = 0.005  # shares below it are added up
@@ -55,6 +57,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--batch", type=int, default=128)
     parser.add_argument("--steps", type=int, default=20)
     options = parser.parse_args(arguments)
+    keep_freed_memory()  # as training does
     for preset in options.preset:
         for member in options.member:
             title = f"{preset}, {member}, B {options.batch}"

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from . import gromov_costs
 from .device import device_guard
-from .gromov_costs import BLOCKS, SLICE, block, cosine_cost, load_mass
+from .gromov_costs import BLOCKS, SLICE, block, cosine_cost, cut_off, load_mass
 from .gromov_plan import add_entries, again, gibbs, load_entries, solve, store_tile
 from .variant import Variant
 
@@ -44,8 +44,7 @@ def _cost(space, index):
     i, j = index[:, None], index[None, :]
     inside = (load_mass(mass, i, size, stride) > 0) & (load_mass(mass, j, size, stride) > 0)
     c = tl.load(cost + i.to(tl.int64) * stride_i + j.to(tl.int64) * stride_j, mask=inside, other=0.0)
-    c = tl.where(cut > float("-inf"), tl.maximum(c - cut, 0.0), c)
-    return tl.where(inside, c, 0.0), inside
+    return tl.where(inside, cut_off(c, cut), 0.0), inside
 
 
 @triton.jit

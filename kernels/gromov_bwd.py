@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .device import device_guard
-from .gromov_costs import BLOCKS, SLICE, block, compiler_options
+from .gromov_costs import BLOCKS, SLICE, block, compiler_options, cut_off
 from .variant import Variant
 
 
@@ -26,10 +26,11 @@ def _load(matrix, i, j, stride_i, stride_j, mask):
 
 
 @triton.jit
-def _space_bwd(
-    cost, cost_i, cost_k, other, other_j, other_q, plan, plan_i, plan_j, grad, grad_i, grad_k, n, m, weight, BLOCK: tl.constexpr
-):
-    """grad [n, n] = weight (cost r r' - T other T') for T = plan [n, m] and other [m, m]."""
+def _space_bwd(space, other_space, plan, plan_i, plan_j, grad, n, m, weight, BLOCK: tl.constexpr):
+    """grad [n, n] = weight (cost r r' - T other T') for T = plan [n, m] and other [m, m]. A space = (pointer to costs, strides of rows
+    and columns, threshold or -inf where there is none)."""
+    cost, cost_i, cost_k, cut = space
+    other, other_j, other_q, other_cut = other_space
     dtype: tl.constexpr = plan.dtype.element_ty
     index = tl.arange(0, BLOCK)
     down, across = index[:, None], index[None, :]
@@ -43,7 +44,7 @@ def _space_bwd(
             j = first + tl.arange(0, SLICE)[None, :]
             T_j = _load(plan, down, j, plan_i, plan_j, (down < n) & (j < m))
             j_alive = tl.sum(T_j, 0, keep_dims=True) > 0
-            D = _load(other, tl.trans(j), q, other_j, other_q, tl.trans(j_alive) & q_alive)
+            D = cut_off(_load(other, tl.trans(j), q, other_j, other_q, tl.trans(j_alive) & q_alive), other_cut)
             middle = tl.dot(T_j, D, middle, input_precision="ieee", out_dtype=dtype)
         total = tl.dot(middle, tl.trans(T_q), total, input_precision="ieee", out_dtype=dtype)
     r = tl.zeros((BLOCK, 1), dtype)
@@ -51,17 +52,18 @@ def _space_bwd(
         j = start + tl.arange(0, SLICE)[None, :]
         r += tl.sum(_load(plan, down, j, plan_i, plan_j, (down < n) & (j < m)), 1, keep_dims=True)
     r_across = tl.trans(r)
-    C = _load(cost, down, across, cost_i, cost_k, (r > 0) & (r_across > 0))
-    at = grad + down.to(tl.int64) * grad_i + across.to(tl.int64) * grad_k
-    tl.store(at, weight * (C * r * r_across - total), mask=(down < n) & (across < n))
+    C = cut_off(_load(cost, down, across, cost_i, cost_k, (r > 0) & (r_across > 0)), cut)
+    tl.store(grad + down * n + across, weight * (C * r * r_across - total), mask=(down < n) & (across < n))
 
 
-@triton.jit(do_not_specialize=["n", "m", "fused"])
+@triton.jit(do_not_specialize=["n", "m", "fused", "from_tokens"])
 def _gromov_bwd_kernel(
     x,  # [B, n, n] costs, any strides
     y,  # [B, m, m]
     plan,  # [B, n, m], contiguous, as the results
     grad_cost,  # [B], any stride
+    cut_x,  # [B], or of stride 0, if from_tokens
+    cut_y,
     d_x,  # [B, n, n]
     d_y,  # [B, m, m]
     d_xy,  # [B, n, m] if fused
@@ -72,9 +74,11 @@ def _gromov_bwd_kernel(
     y_stride_m,
     y_stride_l,
     grad_stride_b,
+    cut_stride_b,
     n,
     m,
     fused,
+    from_tokens,
     alpha: tl.float64,  # a plain float would arrive as float32
     BLOCK: tl.constexpr,
 ):
@@ -87,8 +91,12 @@ def _gromov_bwd_kernel(
     plan += problem * n * m
     d_x += problem * n * n
     d_y += problem * m * m
-    _space_bwd(x, x_stride_n, x_stride_k, y, y_stride_m, y_stride_l, plan, m, 1, d_x, n, 1, n, m, weight, BLOCK)
-    _space_bwd(y, y_stride_m, y_stride_l, x, x_stride_n, x_stride_k, plan, 1, m, d_y, m, 1, m, n, weight, BLOCK)
+    at_x, at_y = tl.full((), float("-inf"), grad.dtype), tl.full((), float("-inf"), grad.dtype)
+    if from_tokens != 0:
+        at_x, at_y = tl.load(cut_x + problem * cut_stride_b), tl.load(cut_y + problem * cut_stride_b)
+    X, Y = (x, x_stride_n, x_stride_k, at_x), (y, y_stride_m, y_stride_l, at_y)
+    _space_bwd(X, Y, plan, m, 1, d_x, n, m, weight, BLOCK)
+    _space_bwd(Y, X, plan, 1, m, d_y, m, n, weight, BLOCK)
     if fused != 0:
         row, column = tl.arange(0, BLOCK)[:, None], tl.arange(0, BLOCK)[None, :]
         inside, at = (row < n) & (column < m), row * m + column
@@ -102,6 +110,7 @@ def gromov_bwd(
     grad_cost: Tensor,  # [B], any stride
     alpha: float,
     fused: bool,
+    cuts: tuple[Tensor, Tensor] | None = None,  # thresholds [B], or one, of costs that are tokens' cosine costs
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(d_x, d_y, d_xy), as the reference: d_xy is empty unless fused."""
     batch, n, m = plan.shape
@@ -114,8 +123,9 @@ def gromov_bwd(
     strides = *cost_x.stride(), *cost_y.stride(), *grad_cost.stride()
     with device_guard(plan):
         _gromov_bwd_kernel[(batch,)](
-            *(cost_x, cost_y, plan, grad_cost, d_x, d_y, d_xy if fused else plan),
-            *(*strides, n, m, int(fused), alpha if fused else 1.0),
+            *(cost_x, cost_y, plan, grad_cost, *(cuts or (plan, plan)), d_x, d_y, d_xy if fused else plan),
+            *(*strides, int(cuts is not None and cuts[0].numel() > 1)),
+            *(n, m, int(fused), int(cuts is not None), alpha if fused else 1.0),
             BLOCK=BLOCK,
             **compiler_options(BLOCK),
         )

@@ -40,16 +40,22 @@ def load_mass(mass, index, size, stride):
 
 
 @triton.jit
-def _tokens(tokens, row, k, alive, width, stride_n, stride_d):
+def cut_off(cost, cut):
+    """relu(cost - cut); the cost where there is no threshold, cut -inf."""
+    return tl.where(cut > float("-inf"), tl.maximum(cost - cut, 0.0), cost)
+
+
+@triton.jit
+def load_tokens(tokens, row, k, alive, width, stride_n, stride_d):
     return tl.load(tokens + row.to(tl.int64) * stride_n + k.to(tl.int64) * stride_d, mask=alive & (k < width), other=0.0)
 
 
 @triton.jit
-def _inverse_norms(tokens, row, alive, width, stride_n, stride_d, BLOCK: tl.constexpr):
+def inverse_norms(tokens, row, alive, width, stride_n, stride_d, BLOCK: tl.constexpr):
     """[BLOCK, 1]"""
     squares = tl.zeros((BLOCK, 1), tokens.dtype.element_ty)
     for start in range(0, width, SLICE):
-        X = _tokens(tokens, row, start + tl.arange(0, SLICE)[None, :], alive, width, stride_n, stride_d)
+        X = load_tokens(tokens, row, start + tl.arange(0, SLICE)[None, :], alive, width, stride_n, stride_d)
         squares += tl.sum(X * X, 1, keep_dims=True)
     return 1.0 / tl.maximum(tl.sqrt(squares), NORM_FLOOR)
 
@@ -86,14 +92,14 @@ def _cosine_kernel(
     x_alive = load_mass(a + problem * a_stride_b, row, n, a_stride_n) > 0
     y_alive = load_mass(b + problem * b_stride_b, row, m, b_stride_m) > 0
     y_alive_across = load_mass(b + problem * b_stride_b, column, m, b_stride_m) > 0
-    x_scale = _inverse_norms(x, row, x_alive, width, x_stride_n, x_stride_d, BLOCK)
-    y_scale = _inverse_norms(y, row, y_alive, width, y_stride_m, y_stride_d, BLOCK)
+    x_scale = inverse_norms(x, row, x_alive, width, x_stride_n, x_stride_d, BLOCK)
+    y_scale = inverse_norms(y, row, y_alive, width, y_stride_m, y_stride_d, BLOCK)
     dtype: tl.constexpr = x.dtype.element_ty
     cosine = tl.zeros((BLOCK, BLOCK), dtype)
     for start in range(0, width, SLICE):
         k = start + tl.arange(0, SLICE)[None, :]
-        X = _tokens(x, row, k, x_alive, width, x_stride_n, x_stride_d) * x_scale
-        Y = _tokens(y, row, k, y_alive, width, y_stride_m, y_stride_d) * y_scale
+        X = load_tokens(x, row, k, x_alive, width, x_stride_n, x_stride_d) * x_scale
+        Y = load_tokens(y, row, k, y_alive, width, y_stride_m, y_stride_d) * y_scale
         cosine = tl.dot(X, tl.trans(Y), cosine, input_precision="ieee", out_dtype=dtype)
     c = 1.0 - cosine
     tl.store(cost + problem * n * m + (row * m + column), c, mask=(row < n) & (column < m))

@@ -226,10 +226,42 @@ def test_gradients_where_there_is_no_mass(device):
     torch.testing.assert_close((d_x, d_y), expected, rtol=0, atol=1e-12)
 
 
-def test_gradients_of_tokens(device):
-    arguments = tokens(4, 5)
-    actual, expected = (gradients(gromov_from_tokens, arguments, torch.float64, device, name) for name in ("triton", "eager"))
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("over", ("sample", "batch"))
+@pytest.mark.parametrize("n, m", [(7, 20), (36, 5)])
+def test_gradients_of_tokens(n, m, over, dtype, device):
+    """Beyond 32 in float64, PyTorch serves."""
+    arguments = tokens(n, m)
+    for alpha, threshold in ((1.0, 0.1), (0.3, 0.6)):
+        options = {"threshold_over": over, "alpha": alpha, "threshold": threshold}
+        with poisoned_memory(device):
+            actual = gradients(gromov_from_tokens, arguments, dtype, device, "triton", **options)
+        eager = gradients(gromov_from_tokens, arguments, dtype, device, "eager", **options)
+        exact = gradients(gromov_from_tokens, cast(arguments, dtype, device), torch.float64, device, "eager", **options)
+        for name, *values in zip("xy", actual, exact, eager):
+            assert_close(*values, f"{name}, {options}")
+
+
+@pytest.mark.parametrize("over", ("sample", "batch"))
+def test_gradients_of_tokens_with_a_given_cost_across(over, device):
+    arguments = tokens(4, 5) | {"cost_xy": random(2, 4, 5, seed=5)}
+    options = {"threshold_over": over, "alpha": 0.3}
+    actual, expected = (gradients(gromov_from_tokens, arguments, torch.float64, device, name, **options) for name in ("triton", "eager"))
     torch.testing.assert_close(actual, expected)
+
+
+@pytest.mark.parametrize("over", ("sample", "batch"))
+def test_gradients_of_tokens_without_mass_or_length(over, device):
+    arguments = tokens(6, 5)
+    for tensor, mass, at in (("x", "a", 2), ("y", "b", 4)):
+        arguments[mass][:, 1] += arguments[mass][:, at]
+        arguments[mass][:, at] = 0
+        arguments[tensor][:, at] = math.nan
+        arguments[tensor][:, 0] = 0  # at the floor of norms
+    options = {"threshold_over": over, "alpha": 0.3}
+    d_x, d_y = gradients(gromov_from_tokens, arguments, torch.float64, device, "triton", **options)
+    assert (d_x[:, 2] == 0).all() and (d_y[:, 4] == 0).all() and (d_x[:, 0] != 0).any()
+    torch.testing.assert_close((d_x, d_y), gradients(gromov_from_tokens, arguments, torch.float64, device, "eager", **options))
 
 
 @pytest.mark.gpu

@@ -78,9 +78,12 @@ class Encoded:
             rows, width = self.features.shape[:-1].numel(), encoder.shape[-1]
             if _registry.requested(None) == "eager" or rows * width <= (rows + width) * encoder.in_features:
                 return linears(self.tokens(), *weights)
-        inner_weight, inner_bias = (t.unflatten(0, encoder.shape) for t in (encoder.weight, encoder.bias))  # [.., D, in_features], [.., D]
-        composed = (((weight @ inner_weight).flatten(0, -2), F.linear(inner_bias, weight).flatten()) for weight in weights)
-        return tuple(linear(self.features, weight, bias).unflatten(-1, encoder.shape) for weight, bias in composed)
+        # The bias goes with a further feature, 1.
+        inner = torch.cat([encoder.weight, encoder.bias.unsqueeze(-1)], -1).unflatten(0, encoder.shape)  # [.., D, in_features + 1]
+        weight = torch.cat(weights) if len(weights) > 1 else weights[0]
+        composed = weight.expand(*inner.shape[:-2], -1, -1) @ inner
+        mapped = linear(F.pad(self.features, (0, 1), value=1.0), composed.flatten(0, -2)).unflatten(-1, (*inner.shape[:-2], -1))
+        return mapped.split([len(each) for each in weights], -1)
 
 
 class MultiHeadAttention(nn.Module):

@@ -100,8 +100,8 @@ def without_autocast(kernel: Callable, tensor: Tensor, *arguments: object) -> tu
 
 
 def goes_straight(tensors: tuple[Tensor | None, ...]) -> bool:
-    """Whether torch's dispatcher has nothing to do for a function of these tensors but autograd: no compiler, mode, transform, tracer,
-    profiler or autocast would see the call or change it, and each tensor is no more than its memory."""
+    """Whether torch's dispatcher has nothing to do for a function of these tensors but autograd: no compiler, mode, transform, tracer
+    or autocast would see the call or change it, and each tensor is no more than its memory."""
     if (
         torch.compiler.is_compiling()
         or not _MAY_GO_STRAIGHT
@@ -110,7 +110,6 @@ def goes_straight(tensors: tuple[Tensor | None, ...]) -> bool:
         or _are_functorch_transforms_active()
         or forward_ad._current_level >= 0
         or _is_any_autocast_enabled()
-        or _profiler_enabled()
         or _is_tracing()
     ):
         return False
@@ -124,8 +123,9 @@ def call(name: str, tensors: tuple[Tensor | None, ...], *options: object) -> tup
     """torch.ops.helo_fast.<name>(*tensors, *options), straight to the implementation where the dispatcher has nothing to do on the way.
 
     For an op written in Python the dispatcher takes several times as long as a small kernel, and its autograd wrapper longer still.
+    A profiler is to see the op.
     """
-    if not goes_straight(tensors):
+    if not goes_straight(tensors) or _profiler_enabled():
         return getattr(torch.ops.helo_fast, name)(*tensors, *options)
     if not torch.is_grad_enabled():
         return _below_autograd(name, *tensors, *options)

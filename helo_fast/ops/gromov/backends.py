@@ -44,6 +44,13 @@ def _triton_bwd(cost_x: Tensor, cost_y: Tensor, plan: Tensor, *grad_and_options:
     return (kernels.gromov_bwd if served else reference.bwd)(cost_x, cost_y, plan, *grad_and_options)
 
 
+def _triton_from_tokens_bwd(x: Tensor, y: Tensor, a: Tensor, b: Tensor, plan: Tensor, *grad_and_options: object) -> tuple[Tensor, ...]:
+    from ...kernels import gromov_tokens_bwd as kernels
+
+    served = kernels.block(plan.shape[1], plan.shape[2], plan.dtype) is not None
+    return (kernels.gromov_tokens_bwd if served else reference.from_tokens_bwd)(x, y, a, b, plan, *grad_and_options)
+
+
 def _cuda_from_tokens_fwd(
     x: Tensor, y: Tensor, a: Tensor, b: Tensor, cost_xy: Tensor | None, threshold: float, over_batch: bool, *solver: object
 ) -> tuple[Tensor, ...]:
@@ -71,8 +78,7 @@ _CPP = {
     "bwd": _cpp("gromov_wasserstein_bwd"),
     "from_tokens_bwd": _cpp("gromov_from_tokens_bwd"),
 }
-# The gradient of tokens, a few products and the extremes' shares, is PyTorch's.
-_TRITON = {**_EAGER, "fwd": _triton_fwd, "from_tokens_fwd": _triton_from_tokens_fwd, "bwd": _triton_bwd}
+_TRITON = {"fwd": _triton_fwd, "from_tokens_fwd": _triton_from_tokens_fwd, "bwd": _triton_bwd, "from_tokens_bwd": _triton_from_tokens_bwd}
 _CUDA = {**_EAGER, "from_tokens_fwd": _cuda_from_tokens_fwd}  # the gromov of HeLo's fusion; of given costs, PyTorch's
 
 _registry.register(
