@@ -13,7 +13,8 @@ potentials. So is the first, whose K is 0.
 
 Grid: x = problem (B may exceed 65535). Columns are folded: with LANES lanes across, column j = c LANES + k of row i stands at [c, i, k]
 of a [BLOCK / LANES, BLOCK, LANES] tile, of which a warp's lanes fill the last axes: a thread holds some columns of some rows, rather than
-one column of all, and a reduction over either is mostly its own additions. Nothing is loaded in vectors, so that all of it has that layout.
+one column of all, and a reduction over either is mostly its own additions. What is loaded has no axes of 1 then: else some versions of
+Triton (3.6) would lay out all of the tile as they lay out a load.
 Traffic: cost is read five times for each K, all but the first time mostly from cache, and each output is written once; alpha and beta
 stand in scratch memory, [B, n + m] doubles. Shared memory holds partial reductions where a program has several warps.
 Invariants: padding, and rows and columns of zero mass, are 0 in K, u and v and -inf in the potentials, whatever stands in their cost.
@@ -47,6 +48,18 @@ def block(n: int, m: int, dtype: torch.dtype) -> int | None:
 def compiler_options(BLOCK: int, dtype: torch.dtype) -> dict[str, int | bool]:
     # fp fusion is named because its default differs between versions of Triton
     return {"num_warps": TILES[dtype][BLOCK][1], "maxnreg": 255, "enable_fp_fusion": True}
+
+
+@triton.jit
+def _load(vector, stride, size, index, other):
+    """Rows [1, BLOCK, 1] or columns [FOLD, 1, LANES], whichever index is of."""
+    if index.shape[1] == 1:
+        k = tl.arange(0, index.shape[0])[:, None] * index.shape[2] + tl.arange(0, index.shape[2])[None, :]
+        loaded = tl.load(vector + k.to(tl.int64) * stride, mask=k < size, other=other)[:, None, :]
+    else:
+        k = tl.arange(0, index.shape[1])
+        loaded = tl.load(vector + k.to(tl.int64) * stride, mask=k < size, other=other)[None, :, None]
+    return loaded
 
 
 @triton.jit
@@ -91,32 +104,34 @@ def _rescale(mass, sums, kappa, absorbed, potential, index, size):
     TINY: tl.constexpr = 1e-22 if dtype == tl.float32 else 1e-200  # sums above it have lost nothing to underflow
     scaling = _scaling(mass, sums)
     if kappa != 1:
-        log_ratio = tl.log(sums) - tl.load(absorbed + index, mask=index < size, other=0.0).to(dtype)
+        log_ratio = tl.log(sums) - _load(absorbed, 1, size, index, 0.0).to(dtype)
         scaling *= tl.where(mass > 0, tl.exp((1 - kappa).to(dtype) * log_ratio), 0.0)
         tl.store(potential + index, tl.where(mass > 0, -kappa.to(dtype) * log_ratio, float("-inf")), mask=index < size)
     return scaling, (sums > TINY) & (scaling >= 1 / RANGE) & (scaling <= RANGE) | ~(mass > 0)
 
 
 @triton.jit
-def _slice(space, mass_a, i, step, LANES: tl.constexpr):
-    """(M at rows i and the columns of a step [1, BLOCK, LANES], in double and 0 where there is no mass, those columns and their mass)."""
-    cost, stride_n, stride_m, b, b_stride, m, minus_inverse_epsilon = space
-    j = step * LANES + tl.arange(0, LANES)[None, None, :]
-    mass = tl.load(b + j.to(tl.int64) * b_stride, mask=j < m, other=0.0)
-    C = tl.load(cost + (i.to(tl.int64) * stride_n + j.to(tl.int64) * stride_m), mask=(mass_a > 0) & (mass > 0), other=0.0)
-    return C.to(tl.float64) * minus_inverse_epsilon, j, mass
+def _slice(space, step, BLOCK: tl.constexpr, LANES: tl.constexpr):
+    """(M of the columns of a step [1, BLOCK, LANES], in double and 0 where there is no mass, those columns [1, 1, LANES] and their mass)."""
+    cost, stride_n, stride_m, a, a_stride, n, b, b_stride, m, minus_inverse_epsilon = space
+    i, j = tl.arange(0, BLOCK)[:, None].to(tl.int64), (step * LANES + tl.arange(0, LANES)[None, :]).to(tl.int64)
+    rows = tl.load(a + i * a_stride, mask=i < n, other=0.0)
+    columns = tl.load(b + j * b_stride, mask=j < m, other=0.0)
+    C = tl.load(cost + (i * stride_n + j * stride_m), mask=(rows > 0) & (columns > 0), other=0.0)[None, :, :]
+    index = step * LANES + tl.arange(0, LANES)[None, None, :]
+    return C.to(tl.float64) * minus_inverse_epsilon, index, columns[None, :, :]
 
 
 @triton.jit
-def _restart(space, K, a, u, alpha, beta, f, g, kappa_a, kappa_b, i, n, LANES: tl.constexpr):
+def _restart(space, K, a, u, alpha, beta, f, g, kappa_a, kappa_b, i, n, BLOCK: tl.constexpr, LANES: tl.constexpr):
     """K after an iteration in the log domain, a few columns at a time; the potentials are in alpha and beta, and in f and g where a
     marginal is soft."""
     dtype: tl.constexpr = space[0].dtype.element_ty
-    m = space[5]
+    m = space[8]
     steps = tl.cdiv(m, LANES)
-    rows = tl.where(a > 0, tl.load(alpha + i, mask=i < n, other=0.0) + tl.log(u.to(tl.float64)), float("-inf"))
+    rows = tl.where(a > 0, _load(alpha, 1, n, i, 0.0) + tl.log(u.to(tl.float64)), float("-inf"))
     for step in range(steps):
-        M, j, b = _slice(space, a, i, step, LANES)
+        M, j, b = _slice(space, step, BLOCK, LANES)
         x = rows + M
         top = tl.max(x, 1, keep_dims=True)
         top = tl.where(top == float("-inf"), 0.0, top)
@@ -128,13 +143,13 @@ def _restart(space, K, a, u, alpha, beta, f, g, kappa_a, kappa_b, i, n, LANES: t
     tl.debug_barrier()
     tops = tl.full((1, i.shape[1], LANES), float("-inf"), tl.float64)
     for step in range(steps):
-        M, j, b = _slice(space, a, i, step, LANES)
+        M, j, b = _slice(space, step, BLOCK, LANES)
         tops = tl.maximum(tops, tl.load(beta + j, mask=j < m, other=float("-inf")) + M)
     top = tl.max(tops, 2, keep_dims=True)
     top = tl.where(top == float("-inf"), 0.0, top)
     totals = tl.zeros((1, i.shape[1], LANES), dtype)
     for step in range(steps):
-        M, j, b = _slice(space, a, i, step, LANES)
+        M, j, b = _slice(space, step, BLOCK, LANES)
         totals += tl.exp((tl.load(beta + j, mask=j < m, other=float("-inf")) + M - top).to(dtype))
     phi = -kappa_a * (top + tl.log(tl.sum(totals, 2, keep_dims=True).to(tl.float64)))
     phi = tl.where(a > 0, phi, float("-inf"))
@@ -145,7 +160,7 @@ def _restart(space, K, a, u, alpha, beta, f, g, kappa_a, kappa_b, i, n, LANES: t
         tl.store(f + i, phi.to(dtype), mask=i < n)
     fold = tl.arange(0, K.shape[0])[:, None, None]
     for step in range(steps):
-        M, j, b = _slice(space, a, i, step, LANES)
+        M, j, b = _slice(space, step, BLOCK, LANES)
         columns = tl.load(beta + j, mask=j < m, other=float("-inf")) - _excess(_log(b), dtype)
         K = tl.where(fold == step, tl.exp((rows + columns + M).to(dtype)), K)
         tl.debug_barrier()  # beta has been read
@@ -176,7 +191,7 @@ def _marginal_error(K, u, v, b, kappa_b, slope_b, g, j, m):
     """L1 distance of the column marginal from b exp(-slope_b gamma), which is b if balanced."""
     target = b
     if kappa_b != 1:
-        gamma = tl.load(g + j, mask=j < m, other=0.0)
+        gamma = _load(g, 1, m, j, 0.0)
         target = tl.where(b > 0, b * tl.exp(-slope_b * gamma), 0.0)
     return tl.sum(tl.abs(v * _over(K * u, True) - target))
 
@@ -231,9 +246,9 @@ def _sinkhorn_fwd_kernel(
     cost += problem * cost_stride_b
     rows = a + problem * a_stride_b
     columns = b + problem * b_stride_b
-    space = (cost, cost_stride_n, cost_stride_m, columns, b_stride_m, m, tl.full((), minus_inverse_epsilon, tl.float64))
-    a = tl.load(rows + i.to(tl.int64) * a_stride_n, mask=i < n, other=0.0)
-    b = tl.load(columns + j.to(tl.int64) * b_stride_m, mask=j < m, other=0.0)
+    scale = tl.full((), minus_inverse_epsilon, tl.float64)
+    space = (cost, cost_stride_n, cost_stride_m, rows, a_stride_n, n, columns, b_stride_m, m, scale)
+    a, b = _load(rows, a_stride_n, n, i, 0.0), _load(columns, b_stride_m, m, j, 0.0)
     f += problem * n
     g += problem * m
     alpha = absorbed + problem * (n + m)
@@ -254,7 +269,7 @@ def _sinkhorn_fwd_kernel(
         new_u, safe = _rescale(a, _over(K * new_v, False), kappa_a, alpha, f, i, n)
         unsafe = tl.max(tl.max(tl.max(tl.where(safe, 0, 1), 0), 1), 0)
         if unsafe != 0:
-            K = _restart(space, K, a, u, alpha, beta, f, g, kappa_a, kappa_b, i, n, LANES)
+            K = _restart(space, K, a, u, alpha, beta, f, g, kappa_a, kappa_b, i, n, BLOCK, LANES)
             u, v = _first_scaling(a), _first_scaling(b)
             if kappa_a == 1:
                 u = _scaling(a, _over(K * v, False))
@@ -275,7 +290,7 @@ def _sinkhorn_fwd_kernel(
     K *= v * u
     spent = tl.zeros((1, BLOCK, LANES), tl.float64)
     for step in range(tl.cdiv(m, LANES)):
-        M, at, _ = _slice(space, a, i, step, LANES)
+        M, at, _ = _slice(space, step, BLOCK, LANES)
         T = tl.sum(tl.where(fold == step, K, 0.0), 0, keep_dims=True)
         spent += tl.where(T > 0, T * M, 0.0)
         tl.store(plan + problem * n * m + (i * m + at), T, mask=(i < n) & (at < m))

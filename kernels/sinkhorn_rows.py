@@ -124,7 +124,7 @@ def _error(sums, b, gamma, slope_b):
     return tl.sum(tl.sum(tl.sum(tl.abs(sums - target), 0), 1), 0)
 
 
-@triton.jit(do_not_specialize=["cost_stride_b", "cost_stride_n", "cost_stride_m", "n", "m", "max_iter", "check_every", "kept"])
+@triton.jit(do_not_specialize=["cost_stride_b", "cost_stride_n", "n", "m", "max_iter", "check_every", "kept"])
 def _sinkhorn_rows_kernel(
     cost,  # [B, n, m], any strides
     a,  # [B, n], any strides
@@ -243,7 +243,7 @@ def launch(cost: Tensor, a: Tensor, b: Tensor, outputs: tuple[Tensor, ...], coun
 
 
 def variants() -> list[Variant]:
-    """Every compilation that a launch may ask for."""
+    """Every compilation that a launch may ask for, of contiguous tensors."""
     names = _sinkhorn_rows_kernel.arg_names
     tensors = names[: names.index("cost_stride_b")]
     return [
@@ -251,7 +251,7 @@ def variants() -> list[Variant]:
             f"{str(dtype).removeprefix('torch.')} {BLOCK}",
             _sinkhorn_rows_kernel,
             dict.fromkeys(tensors, dtype) | {"n_iter": torch.int32},
-            {"BLOCK": BLOCK, "ROWS": ROWS, "LANES": LANES, "a_stride_n": 1, "b_stride_m": 1},
+            {"BLOCK": BLOCK, "ROWS": ROWS, "LANES": LANES, "cost_stride_m": 1, "a_stride_n": 1, "b_stride_m": 1},
             compiler_options(BLOCK, dtype),
         )
         for dtype, tiles in TILES.items()

@@ -127,7 +127,7 @@ def _scale(potential, count, epsilon, BLOCK: tl.constexpr):
         tl.store(potential + o, values, mask=o < count)
 
 
-@triton.jit(do_not_specialize=["cost_stride_b", "cost_stride_n", "cost_stride_m", "n", "m", "max_iter", "check_every", "kept"])
+@triton.jit(do_not_specialize=["cost_stride_b", "cost_stride_n", "n", "m", "max_iter", "check_every", "kept"])
 def _sinkhorn_stream_kernel(
     cost,  # [B, n, m], any strides
     log_a,  # [B, n]
@@ -222,7 +222,7 @@ def launch(cost: Tensor, a: Tensor, b: Tensor, outputs: tuple[Tensor, ...], coun
 
 
 def variants() -> list[Variant]:
-    """Every compilation that a launch may ask for."""
+    """Every compilation that a launch may ask for, of contiguous tensors."""
     names = _sinkhorn_stream_kernel.arg_names
     tensors = names[: names.index("cost_stride_b")]
     return [
@@ -230,7 +230,7 @@ def variants() -> list[Variant]:
             str(dtype).removeprefix("torch."),
             _sinkhorn_stream_kernel,
             dict.fromkeys(tensors, dtype) | {"n_iter": torch.int32},
-            {"ROWS": ROWS, "COLUMNS": COLUMNS},
+            {"ROWS": ROWS, "COLUMNS": COLUMNS, "cost_stride_m": 1},
             compiler_options(),
         )
         for dtype, (ROWS, COLUMNS) in TILES.items()

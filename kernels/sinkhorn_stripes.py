@@ -81,7 +81,7 @@ def _column_sums(sums, problem, j, m, PARTS: tl.constexpr):
     return total
 
 
-@triton.jit(do_not_specialize=["cost_stride_b", "cost_stride_n", "cost_stride_m", "n", "m", "iteration", "check_every", "kept"])
+@triton.jit(do_not_specialize=["cost_stride_b", "cost_stride_n", "n", "m", "iteration", "check_every", "kept"])
 def _sinkhorn_stripes_kernel(
     cost,  # [B, n, m], any strides
     a,  # [B, n], any strides
@@ -151,7 +151,7 @@ def _sinkhorn_stripes_kernel(
             tl.store(new_sums + (problem * PARTS + part) * m + j, tl.sum(moved, 1, keep_dims=True), mask=j < m)
 
 
-@triton.jit(do_not_specialize=["cost_stride_b", "cost_stride_n", "cost_stride_m", "n", "m", "max_iter"])
+@triton.jit(do_not_specialize=["cost_stride_b", "cost_stride_n", "n", "m", "max_iter"])
 def _sinkhorn_stripes_end_kernel(
     cost,  # [B, n, m], any strides
     a,  # [B, n], any strides
@@ -246,11 +246,11 @@ def launch(cost: Tensor, a: Tensor, b: Tensor, outputs: tuple[Tensor, ...], coun
 
 
 def variants() -> list[Variant]:
-    """Every compilation that a launch may ask for."""
+    """Every compilation that a launch may ask for, of contiguous tensors."""
     found = []
     for kernel in (_sinkhorn_stripes_kernel, _sinkhorn_stripes_end_kernel):
         names = kernel.arg_names
         tensors = dict.fromkeys(names[: names.index("cost_stride_b")], DTYPE) | {"n_iter": torch.int32}
-        constants = {**_constants(), "a_stride_n": 1, "b_stride_m": 1}
+        constants = {**_constants(), "cost_stride_m": 1, "a_stride_n": 1, "b_stride_m": 1}
         found.append(Variant(f"{kernel.__name__.strip('_')} float32 1024", kernel, tensors, constants, compiler_options(BLOCK, DTYPE)))
     return found

@@ -74,7 +74,7 @@ def _near(K, A, B, rows, columns, has_mass, cost, problem, index, minus_inverse_
 
 @triton.jit(
     do_not_specialize=[
-        *("cost_stride_b", "cost_stride_n", "cost_stride_m", "grad_stride_b", "grad_stride_n", "grad_stride_m"),
+        *("cost_stride_b", "cost_stride_n", "grad_stride_b", "grad_stride_n"),
         *("n", "m", "kept", "grad_columns", "cost_columns", "grad_f_count", "grad_g_count"),
     ]
 )
@@ -236,7 +236,7 @@ def sinkhorn_unrolled_bwd(
 
 
 def variants() -> list[Variant]:
-    """Every compilation that a launch may ask for."""
+    """Every compilation that a launch may ask for, of contiguous tensors."""
     names = _sinkhorn_unrolled_kernel.arg_names
     tensors = names[: names.index("cost_stride_b")]
     return [
@@ -244,7 +244,7 @@ def variants() -> list[Variant]:
             f"{str(dtype).removeprefix('torch.')} {BLOCK_N} x {BLOCK_M}",
             _sinkhorn_unrolled_kernel,
             dict.fromkeys(tensors, dtype) | {"n_iter": torch.int32},
-            {"BLOCK_N": BLOCK_N, "BLOCK_M": BLOCK_M},
+            {"BLOCK_N": BLOCK_N, "BLOCK_M": BLOCK_M, "cost_stride_m": 1, "grad_stride_m": 1},
             compiler_options(BLOCK_N, BLOCK_M),
         )
         for dtype in (torch.float32, torch.float64)
