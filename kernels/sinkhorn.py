@@ -112,7 +112,7 @@ def _rescale(mass, sums, kappa, absorbed, potential, index, size):
 
 @triton.jit
 def _slice(space, step, BLOCK: tl.constexpr, LANES: tl.constexpr):
-    """(M of the columns of a step [1, BLOCK, LANES], in double and 0 where there is no mass, those columns [1, 1, LANES] and their mass)."""
+    """(M of the columns of a step [1, BLOCK, LANES], in double and 0 where there is no mass, the columns [1, 1, LANES], their mass)."""
     cost, stride_n, stride_m, a, a_stride, n, b, b_stride, m, minus_inverse_epsilon = space
     i, j = tl.arange(0, BLOCK)[:, None].to(tl.int64), (step * LANES + tl.arange(0, LANES)[None, :]).to(tl.int64)
     rows = tl.load(a + i * a_stride, mask=i < n, other=0.0)
