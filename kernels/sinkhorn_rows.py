@@ -45,20 +45,27 @@ def _log2(mass):
 
 
 @triton.jit
-def _space(cost, cost_stride_n, cost_stride_m, a, a_stride_n, n, minus_inverse_epsilon):
+def _space(cost, cost_stride_n, cost_stride_m, a, a_stride_n, n, m, minus_inverse_epsilon):
     """What _stripe reads, of one problem: -log2(e) / epsilon comes as a sum of two, so that M is rounded once or so."""
     dtype: tl.constexpr = cost.dtype.element_ty
     scale = tl.full((), minus_inverse_epsilon, tl.float64) / LN_2
-    return cost, cost_stride_n, cost_stride_m, a, a_stride_n, n, scale.to(dtype), (scale - scale.to(dtype).to(tl.float64)).to(dtype)
+    rest = (scale - scale.to(dtype).to(tl.float64)).to(dtype)
+    return cost, cost_stride_n, cost_stride_m, a, a_stride_n, n, m, scale.to(dtype), rest
 
 
 @triton.jit
 def _stripe(space, start, b, j, ROWS: tl.constexpr):
     """(rows [1, ROWS, 1], their mass, M, cost) of a stripe; cost is 0 where there is no mass."""
-    cost, stride_n, stride_m, a, a_stride, n, scale, rest = space
+    cost, stride_n, stride_m, a, a_stride, n, m, scale, rest = space
     i = start + tl.arange(0, ROWS)[None, :, None]
     mass = tl.load(a + i.to(tl.int64) * a_stride, mask=i < n, other=0.0)
-    C = tl.load(cost + (i.to(tl.int64) * stride_n + j.to(tl.int64) * stride_m), mask=(mass > 0) & (b > 0), other=0.0)
+    # Loaded in two dimensions: this decides which warps the rows of the tile go to, for all versions of Triton alike.
+    FOLD: tl.constexpr = j.shape[0]
+    LANES: tl.constexpr = j.shape[2]
+    k = tl.arange(0, FOLD * ROWS)[:, None]
+    row, column = start + k % ROWS, k // ROWS * LANES + tl.arange(0, LANES)[None, :]
+    C = tl.load(cost + (row.to(tl.int64) * stride_n + column.to(tl.int64) * stride_m), mask=(row < n) & (column < m), other=0.0)
+    C = tl.where((mass > 0) & (b > 0), tl.reshape(C, (FOLD, ROWS, LANES)), 0.0)
     return i, mass, tl.where(C == float("inf"), float("-inf"), C * scale + C * rest), C
 
 
@@ -171,7 +178,7 @@ def _sinkhorn_rows_kernel(
 
     problem = tl.program_id(0).to(tl.int64)
     a += problem * a_stride_b
-    space = _space(cost + problem * cost_stride_b, cost_stride_n, cost_stride_m, a, a_stride_n, n, minus_inverse_epsilon)
+    space = _space(cost + problem * cost_stride_b, cost_stride_n, cost_stride_m, a, a_stride_n, n, m, minus_inverse_epsilon)
     f += problem * n
     g += problem * m
     plan += problem * n * m

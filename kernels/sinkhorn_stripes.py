@@ -51,7 +51,7 @@ def _problem(
     problem = (tl.program_id(0) // PARTS).to(tl.int64)
     part = tl.program_id(0) % PARTS
     a += problem * a_stride_b
-    space = _space(cost + problem * cost_stride_b, cost_stride_n, cost_stride_m, a, a_stride_n, n, minus_inverse_epsilon)
+    space = _space(cost + problem * cost_stride_b, cost_stride_n, cost_stride_m, a, a_stride_n, n, m, minus_inverse_epsilon)
     j = tl.arange(0, COLUMNS // LANES)[:, None, None] * LANES + tl.arange(0, LANES)[None, None, :]
     b = tl.load(b + problem * b_stride_b + j.to(tl.int64) * b_stride_m, mask=j < m, other=0.0)
     size = tl.cdiv(n, PARTS)
@@ -68,8 +68,8 @@ def _problem(
 @triton.jit
 def _stripe_of(space, start, stop, b, j, ROWS: tl.constexpr):
     """As _stripe, of this program's rows alone."""
-    cost, stride_n, stride_m, a, a_stride, n, scale, rest = space
-    return _stripe((cost, stride_n, stride_m, a, a_stride, stop, scale, rest), start, b, j, ROWS)
+    cost, stride_n, stride_m, a, a_stride, n, m, scale, rest = space
+    return _stripe((cost, stride_n, stride_m, a, a_stride, stop, m, scale, rest), start, b, j, ROWS)
 
 
 @triton.jit
