@@ -1,6 +1,9 @@
 """Shared fixtures, and the options for back ends and packages that are absent."""
 
+import functools
 import importlib.util
+import inspect
+import os
 import sys
 import types
 
@@ -30,6 +33,26 @@ def pytest_configure(config):
     for name in config.getoption("--skip-absent"):
         if importlib.util.find_spec(name) is None:
             sys.modules[name] = Absent(name)
+    if os.environ.get("TRITON_INTERPRET") == "1" and importlib.util.find_spec("triton"):
+        patch_builtins_by_name()
+
+
+def patch_builtins_by_name():
+    """Triton's interpreter looks through all of triton.language at every call of a jitted function: a third of its time."""
+    from triton.language.core import is_builtin
+    from triton.runtime import interpreter
+
+    @functools.cache
+    def builtins(package):  # first asked for where nothing is patched
+        return [name for name, member in inspect.getmembers(package) if is_builtin(member)]
+
+    def patch_builtin(package, builder, scope):
+        names = builtins(package)
+        if names and is_builtin(getattr(package, names[0])):  # else the function that calls this one has patched them all
+            for name in names:
+                interpreter._patch_attr(package, name, getattr(package, name), builder, scope)
+
+    interpreter._patch_builtin = patch_builtin
 
 
 @pytest.fixture
