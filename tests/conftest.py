@@ -20,6 +20,14 @@ def pytest_addoption(parser):
     parser.addoption("--skip-absent", action="append", default=[], metavar="NAME", help="skip tests that use package NAME if it is absent")
 
 
+# Files whose tests compile, or run others, for minutes: the first to start, so that no process waits for them at the end.
+LONG = ("test_gpu_static", "test_triton", "test_portable", "test_cpu_capability", "test_packaging")
+
+
+def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: LONG.index(item.path.stem) if item.path.stem in LONG else len(LONG))
+
+
 class Absent(types.ModuleType):
     """A package that is not installed: a test that uses it is skipped, the others of its file run."""
 
