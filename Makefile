@@ -28,8 +28,9 @@ lint: $(STAMP)  ## ruff: style and formatting
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
+# A torch thread a process: on small problems, more of them mostly wait for each other. Tests of threads ask for several themselves.
 test: $(STAMP)  ## the whole test suite, doctests included, in JOBS processes (2)
-	OMP_WAIT_POLICY=passive $(BIN)/pytest tests -n $(JOBS) --dist loadfile $(PYTEST)
+	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive $(BIN)/pytest tests -n $(JOBS) --dist loadfile --no-loadscope-reorder $(PYTEST)
 	$(BIN)/pytest --doctest-modules helo_fast -q
 
 sanitize: $(STAMP)  ## the cpp back end's tests on a build with AddressSanitizer and UndefinedBehaviorSanitizer

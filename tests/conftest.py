@@ -1,6 +1,9 @@
 """Shared fixtures, and the options for back ends and packages that are absent."""
 
+import functools
 import importlib.util
+import inspect
+import os
 import sys
 import types
 
@@ -17,6 +20,14 @@ def pytest_addoption(parser):
     parser.addoption("--skip-absent", action="append", default=[], metavar="NAME", help="skip tests that use package NAME if it is absent")
 
 
+# Files whose tests compile, or run others, for minutes: the first to start, so that no process waits for them at the end.
+LONG = ("test_gpu_static", "test_triton", "test_portable", "test_cpu_capability", "test_packaging")
+
+
+def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: LONG.index(item.path.stem) if item.path.stem in LONG else len(LONG))
+
+
 class Absent(types.ModuleType):
     """A package that is not installed: a test that uses it is skipped, the others of its file run."""
 
@@ -30,6 +41,26 @@ def pytest_configure(config):
     for name in config.getoption("--skip-absent"):
         if importlib.util.find_spec(name) is None:
             sys.modules[name] = Absent(name)
+    if os.environ.get("TRITON_INTERPRET") == "1" and importlib.util.find_spec("triton"):
+        patch_builtins_by_name()
+
+
+def patch_builtins_by_name():
+    """Triton's interpreter looks through all of triton.language at every call of a jitted function: a third of its time."""
+    from triton.language.core import is_builtin
+    from triton.runtime import interpreter
+
+    @functools.cache
+    def builtins(package):  # first asked for where nothing is patched
+        return [name for name, member in inspect.getmembers(package) if is_builtin(member)]
+
+    def patch_builtin(package, builder, scope):
+        names = builtins(package)
+        if names and is_builtin(getattr(package, names[0])):  # else the function that calls this one has patched them all
+            for name in names:
+                interpreter._patch_attr(package, name, getattr(package, name), builder, scope)
+
+    interpreter._patch_builtin = patch_builtin
 
 
 @pytest.fixture
