@@ -20,6 +20,8 @@
 
 #include "attention_problem.h"
 #include "capability.h"
+#include "common/half.h"
+#include "common/philox.h"
 #include "problems.h"
 #include "tensors.h"
 

@@ -15,6 +15,8 @@
 #include <utility>
 
 #include "capability.h"
+#include "common/half.h"
+#include "common/philox.h"
 #include "problems.h"
 #include "residual_norm_problem.h"
 #include "tensors.h"
