@@ -48,31 +48,33 @@ class Attention {
  public:
   // memory: shared_bytes() of shared memory, aligned to 16 bytes.
   HELO_FAST_HD Attention(const AttentionBatch& x, bool backward, unsigned char* memory, Team& team)
-      : x_(x), team_(team), n_(int(x.n)), m_(int(x.m)), d_(int(x.d)), values_(reinterpret_cast<scalar*>(memory)),
-        stride_(stride(x)), decisions_(memory + values(x, backward) * int64_t(sizeof(scalar))), seed_(x.masked ? uint64_t(*x.seed_at) : 0) {
+      : x_(x), team_(team), n_(int(x.n)), m_(int(x.m)), d_(int(x.d)), backward_(backward), values_(reinterpret_cast<scalar*>(memory)),
+        stride_(stride(x)), lse_(values_ + values(x, backward)),
+        decisions_(memory + values(x, backward) * int64_t(sizeof(scalar)) + lse_bytes(x)), seed_(x.masked ? uint64_t(*x.seed_at) : 0) {
     for (int e = team.lane(); e < values(x, backward); e += Team::kLanes) values_[e] = 0;
     for (int e = team.lane(); e < n_ * kDecisionStride; e += Team::kLanes) decisions_[e] = kAllKept;
   }
 
   HELO_FAST_HD static int64_t shared_bytes(const AttentionArguments& x, bool backward) {
-    return values(x, backward) * int64_t(sizeof(scalar)) + x.n * kDecisionStride;
+    return values(x, backward) * int64_t(sizeof(scalar)) + lse_bytes(x) + x.n * kDecisionStride;
   }
 
-  // Of `blocks` teams, number `block` takes every blocks-th head.
-  HELO_FAST_HD void forward_share(int64_t block, int64_t blocks) {
-    for (int64_t problem = block; problem < x_.B * x_.H; problem += blocks) forward(problem / x_.H, problem % x_.H);
+  // Of `blocks` teams, number `block` takes every blocks-th head, of fewer than 2^31.
+  HELO_FAST_HD void forward_share(unsigned block, unsigned blocks) {
+    const unsigned H = unsigned(x_.H), heads = unsigned(x_.B) * H;
+    for (unsigned head = block; head < heads; head += blocks) forward(int(head / H), int(head % H));
   }
 
   // Likewise every blocks-th part of them (attention_problem.h), whose heads follow each other.
-  HELO_FAST_HD void backward_share(int64_t block, int64_t blocks) {
-    const int64_t heads = x_.H / x_.h_parts;
-    for (int64_t task = block; task < x_.b_parts * x_.h_parts; task += blocks) {
-      const int64_t part = task / x_.h_parts, h_part = task % x_.h_parts, first = part * x_.B / x_.b_parts;
-      for (int64_t b = first; b < (part + 1) * x_.B / x_.b_parts; ++b)
-        for (int64_t i = 0; i < heads; ++i) {
-          const bool first_of_dbias = i == 0 && (b == first || !x_.dbias_over_batch);
-          backward(b, h_part * heads + i, part, h_part, b != first, !first_of_dbias);
-        }
+  HELO_FAST_HD void backward_share(unsigned block, unsigned blocks) {
+    const unsigned b_parts = unsigned(x_.b_parts), h_parts = unsigned(x_.h_parts), heads = unsigned(x_.H) / h_parts;
+    for (unsigned task = block; task < b_parts * h_parts; task += blocks) {
+      const unsigned part = task / h_parts, each = unsigned(x_.B) / b_parts, more = unsigned(x_.B) % b_parts;
+      const unsigned first = part * each + (part < more ? part : more), steps = (each + (part < more)) * heads;
+      for (unsigned step = 0; step < steps; ++step) {
+        const int b = int(first + step / heads), h_part = int(task % h_parts), h = h_part * int(heads) + int(step % heads);
+        backward(b, h, int(part), h_part, step >= heads, x_.dbias_over_batch ? step > 0 : step % heads > 0);
+      }
     }
   }
 
@@ -87,7 +89,7 @@ class Attention {
   static constexpr int kAtOnce = 4;           // loads on their way to registers
   static constexpr scalar kDropped = scalar(-999999995904.0);  // DROPPED of helo_fast/ops/attention/reference.py, whose rules these are
   static_assert(Grid::kMaxColumns <= kDecisionStride * kPhiloxColumns && Grid::kColumns % kPhiloxColumns == 0);
-  enum Operand { kQ, kK, kV, kDo };
+  enum Operand { kQ, kK, kV, kDo, kBias };  // in this order in memory
 
   HELO_FAST_HD static int most(int x, int y) { return x > y ? x : y; }
   HELO_FAST_HD static int stride(const AttentionArguments& x) { return RowProducts::stride(most(int(x.d), most(int(x.n), int(x.m)))); }
@@ -96,11 +98,16 @@ class Attention {
     const int rows = (backward ? 2 : 1) * RowProducts::whole_pieces(int(x.n)) + 2 * RowProducts::whole_pieces(int(x.m));
     const int last = RowProducts::whole_pieces(int(backward ? x.n : x.m));
     const int beyond = most(0, most(Grid::kMaxRows, Grid::kMaxColumns) - last);
-    return (rows + beyond) * stride(x) + RowProducts::whole_pieces(RowProducts::kWidth);
+    const int bias = x.bias.data ? int(x.n) * RowProducts::stride(int(x.m)) : 0;
+    return rows * stride(x) + most(bias, beyond * stride(x)) + RowProducts::kWidth;
+  }
+  HELO_FAST_HD static int lse_bytes(const AttentionArguments& x) {
+    return RowProducts::whole_pieces(int(x.n)) * int(sizeof(scalar));
   }
   HELO_FAST_HD Matrix matrix(int which) const {
     const int n = RowProducts::whole_pieces(n_), m = RowProducts::whole_pieces(m_);
-    return {values_ + (which == kQ ? 0 : which == kK ? n : which == kV ? n + m : n + 2 * m) * stride_, stride_};
+    const int row = which == kQ ? 0 : which == kK ? n : which == kV ? n + m : which == kDo || !backward_ ? n + 2 * m : 2 * (n + m);
+    return {values_ + row * stride_, which == kBias ? RowProducts::stride(m_) : stride_};
   }
   HELO_FAST_HD void take_place() { products_.take_place(team_.lane()); }
 
@@ -119,27 +126,29 @@ class Attention {
     }
   }
   template <typename stored>
-  HELO_FAST_HD static stored* place(const View& x, int64_t b, int64_t h) {
+  HELO_FAST_HD static stored* place(const View& x, int b, int h) {
     return reinterpret_cast<stored*>(x.data) + (b * x.batch + h * x.head);
   }
 
   // The operands of a head; there after await_copies().
-  HELO_FAST_HD void fetch(int operands, int64_t b, int64_t h) {
+  HELO_FAST_HD void fetch(int b, int h) {
     HELO_FAST_ROLLED
-    for (int which = 0; which < operands; ++which) {
-      const View x = which == kQ ? x_.q : which == kK ? x_.k : which == kV ? x_.v : x_.grad_out;
-      with_stored(x.storage, [&](auto zero) { fetch_matrix<decltype(zero)>(x, b, h, which == kQ || which == kDo ? n_ : m_, matrix(which)); });
+    for (int which = kQ; which <= kBias; ++which) {
+      const View x = which == kQ ? x_.q : which == kK ? x_.k : which == kV ? x_.v : which == kDo ? x_.grad_out : x_.bias;
+      if (!x.data) continue;
+      const int rows = which == kK || which == kV ? m_ : n_, columns = which == kBias ? m_ : d_;
+      with_stored(x.storage, [&](auto zero) { fetch_matrix<decltype(zero)>(x, b, h, rows, columns, matrix(which)); });
     }
   }
 
   template <typename stored>
-  HELO_FAST_HD void fetch_matrix(const View& x, int64_t b, int64_t h, int rows, Matrix to) {
+  HELO_FAST_HD void fetch_matrix(const View& x, int b, int h, int rows, int columns, Matrix to) {
     struct alignas(kPiece * sizeof(stored)) Stored {
       stored at[kPiece];
     };
     const stored* from = place<stored>(x, b, h);
-    const bool aligned = x.column == 1 && d_ % kPiece == 0 && x.row % kPiece == 0 && reinterpret_cast<uintptr_t>(from) % sizeof(Stored) == 0;
-    Walk walk(team_.lane(), Team::kLanes, RowProducts::whole_pieces(d_) / kPiece);
+    const bool aligned = x.column == 1 && columns % kPiece == 0 && x.row % kPiece == 0 && reinterpret_cast<uintptr_t>(from) % sizeof(Stored) == 0;
+    Walk walk(team_.lane(), Team::kLanes, RowProducts::whole_pieces(columns) / kPiece);
     if constexpr (std::is_same_v<stored, scalar>) {
       HELO_FAST_ROLLED
       for (; walk.row < rows; walk.advance()) {
@@ -151,7 +160,7 @@ class Attention {
         } else {
           HELO_FAST_UNROLL
           for (int p = 0; p < kPiece; ++p) {
-            if (k + p < d_)
+            if (k + p < columns)
               team_.template copy_in<int(sizeof(scalar))>(there + p, here + p * x.column);
             else
               there[p] = 0;
@@ -173,7 +182,7 @@ class Attention {
             loaded[a] = *reinterpret_cast<const Stored*>(here);
           } else {
             HELO_FAST_UNROLL
-            for (int p = 0; p < kPiece; ++p) loaded[a].at[p] = k + p < d_ ? here[p * x.column] : stored{};
+            for (int p = 0; p < kPiece; ++p) loaded[a].at[p] = k + p < columns ? here[p * x.column] : stored{};
           }
         }
         HELO_FAST_UNROLL
@@ -188,7 +197,7 @@ class Attention {
     }
   }
 
-  HELO_FAST_HD void decide(int64_t b, int64_t h) {
+  HELO_FAST_HD void decide(int b, int h) {
     if (!x_.masked) return;
     const uint64_t problem = uint64_t(b) * uint64_t(x_.H) + uint64_t(h);
     HELO_FAST_ROLLED
@@ -223,26 +232,20 @@ class Attention {
   HELO_FAST_HD Decided decided(int i) const { return {decisions_ + (i < n_ ? i : 0) * kDecisionStride, products_.column(0)}; }
 
   // q k' + bias
-  HELO_FAST_HD void find_logits(int64_t b, int64_t h, Tile& S) {
+  HELO_FAST_HD void find_logits(Tile& S) {
     take_place();
     products_.clear(S);
     products_.add(matrix(kQ), matrix(kK), RowProducts::whole_pieces(d_), S);
     if (x_.bias.data == nullptr) return;
-    with_stored(x_.bias.storage, [&](auto zero) {
-      const auto* bias = place<const decltype(zero)>(x_.bias, b, h);
-      decltype(zero) added[Grid::kTileRows][Grid::kTileColumns];
-      products_.for_tile([&](auto s, auto t, int i, int j) {
-        added[s][t] = i < n_ && j < m_ ? bias[i * x_.bias.row + j * x_.bias.column] : zero;
-      });
-      products_.for_tile([&](auto s, auto t, int, int) { S[s][t] += widen(added[s][t]); });
+    const Matrix bias = matrix(kBias);
+    products_.for_tile([&](auto s, auto t, int i, int j) {
+      if (i < n_ && j < m_) S[s][t] += bias(i, j);
     });
   }
   HELO_FAST_HD static scalar logit(scalar sum, scalar scale, bool dropped) {
     const scalar s = sum * scale;
     return dropped && s > kDropped ? kDropped : s;
   }
-  HELO_FAST_HD bool is_inside(int s, int t) const { return products_.row(s) < n_ && products_.column(t) < m_; }
-
   // Over the lanes of a row.
   template <typename Operation>
   HELO_FAST_HD scalar over_row(scalar value, Operation operation) {
@@ -251,41 +254,48 @@ class Attention {
     return value;
   }
 
-  // To rows with adjacent columns, or transposed, up to whole pieces of the other side.
+  // Row s of a tile to rows with adjacent columns, or transposed, up to whole pieces of the other side.
+  template <bool transposed, typename Slot>
+  HELO_FAST_HD void keep_row(Slot s, const Tile& tile, Matrix to) const {
+    const int i = products_.row(s), m = RowProducts::whole_pieces(m_);
+    if (i >= RowProducts::whole_pieces(n_)) return;
+    unroll<Grid::kTileColumns>([&](auto t) {
+      const int j = products_.column(t);
+      if (j < m) (transposed ? to(j, i) : to(i, j)) = tile[s][t];
+    });
+  }
   template <bool transposed>
   HELO_FAST_HD void keep(const Tile& tile, Matrix to) {
     take_place();
-    const int n = RowProducts::whole_pieces(n_), m = RowProducts::whole_pieces(m_);
-    products_.for_tile([&](auto s, auto t, int i, int j) {
-      if (i < n && j < m) (transposed ? to(j, i) : to(i, j)) = tile[s][t];
-    });
+    unroll<Grid::kTileRows>([&](auto s) { keep_row<transposed>(s, tile, to); });
   }
 
-  HELO_FAST_HD void forward(int64_t b, int64_t h) {
+  HELO_FAST_HD void forward(int b, int h) {
     team_.sync();  // the head before has been read
-    fetch(3, b, h);
+    fetch(b, h);
     decide(b, h);
     team_.await_copies();
     Tile S;
-    find_logits(b, h, S);
     scalar factor[Grid::kTileRows];
+    find_logits(S);
+    team_.sync();  // q has been read
     weigh(b, h, S, factor);
-    team_.sync();  // so has q
-    keep<false>(S, matrix(kQ));
     team_.sync();
     write_product(matrix(kQ), matrix(kV), m_, n_, x_.out, b, h, false, factor);
   }
 
-  // Logits become weights, not yet divided by their sum; dropped ones 0. factor: what the product with v is to be multiplied by.
-  HELO_FAST_HD void weigh(int64_t b, int64_t h, Tile& S, scalar (&factor)[Grid::kTileRows]) {
+  // Logits become weights, not yet divided by their sum, dropped ones 0, in the place of q. factor: what their product with v is to be
+  // multiplied by.
+  HELO_FAST_HD void weigh(int b, int h, Tile& S, scalar (&factor)[Grid::kTileRows]) {
     const scalar scale = scalar(x_.scale);
     scalar* lse = place<scalar>(x_.lse, b, h);
+    take_place();
     unroll<Grid::kTileRows>([&](auto s) {
-      const int i = products_.row(s);
+      const int i = products_.row(s), m = opaque(m_);
       const Decided masks = decided(i);
       scalar top = kDropped, total = 0;
       unroll<Grid::kTileColumns>([&](auto t) {
-        S[s][t] = is_inside(s, t) ? logit(S[s][t], scale, masks.drops(t)) : scalar(-HUGE_VAL);
+        S[s][t] = products_.column(t) < m ? logit(S[s][t], scale, masks.drops(t)) : scalar(-HUGE_VAL);
         top = Larger()(S[s][t], top);
       });
       top = over_row(top, Larger());
@@ -300,53 +310,56 @@ class Attention {
         const bool flat = !(top > kDropped) && total != 0;
         lse[i * x_.lse.row] = flat ? kDropped * total : top + std::log(total);
       }
+      keep_row<false>(s, S, matrix(kQ));
     });
   }
 
   // part, h_part: of the batch and of the heads, whose gradients of a shared query and bias are summed.
-  HELO_FAST_HD void backward(int64_t b, int64_t h, int64_t part, int64_t h_part, bool add_dq, bool add_dbias) {
+  HELO_FAST_HD void backward(int b, int h, int part, int h_part, bool add_dq, bool add_dbias) {
     team_.sync();  // the head before has been read
-    fetch(4, b, h);
+    fetch(b, h);
     decide(b, h);
-    take_place();
-    scalar lse[Grid::kTileRows];
-    for (int s = 0; s < Grid::kTileRows; ++s) lse[s] = products_.row(s) < n_ ? place<scalar>(x_.lse, b, h)[products_.row(s) * x_.lse.row] : 0;
+    const scalar* lse = place<scalar>(x_.lse, b, h);
+    for (int i = team_.lane(); i < n_; i += Team::kLanes) team_.template copy_in<int(sizeof(scalar))>(lse_ + i, lse + i * x_.lse.row);
     team_.await_copies();
     Tile W, dS;
-    find_logits(b, h, W);
+    find_logits(W);
     products_.clear(dS);
     products_.add(matrix(kDo), matrix(kV), RowProducts::whole_pieces(d_), dS);
-    find_slopes(lse, W, dS);
     team_.sync();  // v has been read
-    keep<true>(W, matrix(kV));
+    find_slopes(W, dS);
+    team_.sync();
+    write_product(matrix(kV), matrix(kDo), n_, m_, x_.dv, b, h, false, nullptr);
+    team_.sync();  // so have the weights and do
+    keep<true>(dS, matrix(kV));
+    keep<false>(dS, matrix(kDo));
     team_.sync();
     HELO_FAST_ROLLED
-    for (int which = kV; which >= kQ; --which) {
-      if (which == kK) {
-        team_.sync();  // the weights and do have been read
-        keep<true>(dS, matrix(kV));
-        keep<false>(dS, matrix(kDo));
-        team_.sync();
-      }
+    for (int which = kQ; which <= kK; ++which) {
       const bool of_rows = which == kQ, add = x_.add_dq && of_rows;
-      const View to = which == kV ? x_.dv : which == kK ? x_.dk : x_.dq;
-      const Matrix left = matrix(of_rows ? kDo : kV), right = matrix(which == kV ? kDo : which == kK ? kQ : kK);
-      write_product(left, right, of_rows ? m_ : n_, of_rows ? n_ : m_, to, add ? part : b, h, add && add_dq, nullptr);
+      const View to = of_rows ? x_.dq : x_.dk;
+      write_product(matrix(of_rows ? kDo : kV), matrix(of_rows ? kK : kQ), of_rows ? m_ : n_, of_rows ? n_ : m_, to, add ? part : b, h,
+                    add && add_dq, nullptr);
     }
     if (x_.dbias.data) write_dbias(x_.dbias_over_batch ? part : b, x_.add_dbias ? h_part : h, x_.add_dbias && add_dbias);
   }
 
-  // From q k' + bias and do v': keep * w * rescale, and ds; 0 outside. A row without a kept key has equal weights, and no slope.
-  HELO_FAST_HD void find_slopes(const scalar (&lse)[Grid::kTileRows], Tile& W, Tile& dS) {
+  // From q k' + bias and do v': keep * w * rescale, transposed in the place of v, and ds; 0 outside. A row without a kept key has equal
+  // weights, and no slope.
+  HELO_FAST_HD void find_slopes(Tile& W, Tile& dS) {
+    take_place();
     unroll<Grid::kTileRows>([&](auto s) {
-      const Decided masks = decided(products_.row(s));
-      const bool flat = lse[s] <= kDropped;
-      const scalar base = flat ? kDropped : lse[s], each = flat ? kDropped / lse[s] : scalar(1), rescale = scalar(x_.rescale);
+      const int i = products_.row(s), columns = opaque(i < n_ ? m_ : 0);  // inside
+      const Decided masks = decided(i);
+      const scalar lse = lse_[i < n_ ? i : 0];
+      const bool flat = lse <= kDropped;
+      const scalar base = flat ? kDropped : lse, each = flat ? kDropped / lse : scalar(1), rescale = scalar(x_.rescale);
       scalar delta = 0, total = 0;
       unroll<Grid::kTileColumns>([&](auto t) {
-        const scalar factor = masks.keeps(t) ? rescale : scalar(0);
-        W[s][t] = is_inside(s, t) ? std::exp(logit(W[s][t], scalar(x_.scale), masks.drops(t)) - base) : scalar(0);
-        dS[s][t] = is_inside(s, t) ? dS[s][t] * factor : scalar(0);
+        const bool inside = products_.column(t) < columns;
+        const scalar weight = std::exp(logit(W[s][t], scalar(x_.scale), masks.drops(t)) - base);
+        W[s][t] = inside ? weight : scalar(0);
+        dS[s][t] = inside ? dS[s][t] * (masks.keeps(t) ? rescale : scalar(0)) : scalar(0);
         delta += W[s][t] * dS[s][t];
         total += W[s][t];
       });
@@ -354,21 +367,23 @@ class Attention {
       delta = over_row(delta, Plus()) / (total == 0 ? scalar(1) : total);
       const scalar scale = flat ? scalar(0) : scalar(x_.scale);
       unroll<Grid::kTileColumns>([&](auto t) {
-        const scalar factor = masks.keeps(t) ? rescale * each : scalar(0);
-        dS[s][t] = is_inside(s, t) ? (dS[s][t] - delta) * W[s][t] * scale : scalar(0);
-        W[s][t] *= factor;
+        const scalar slope = (dS[s][t] - delta) * W[s][t] * scale;
+        dS[s][t] = products_.column(t) < columns ? slope : scalar(0);
+        W[s][t] *= masks.keeps(t) ? rescale * each : scalar(0);
       });
+      keep_row<true>(s, W, matrix(kV));
     });
   }
 
   // left right, of `length` products, to rows of a head, or onto what is there; times each row's factor, where there are any.
-  HELO_FAST_HD void write_product(Matrix left, Matrix right, int length, int rows, const View& to, int64_t b, int64_t h, bool add,
+  HELO_FAST_HD void write_product(Matrix left, Matrix right, int length, int rows, const View& to, int b, int h, bool add,
                                   const scalar* factors) {
-    take_place();
     HELO_FAST_ROLLED
     for (int first = 0; first < d_; first += RowProducts::kWidth) {
       PieceTile tile;
+      take_place();
       products_.multiply(left, {right.data + first, stride_}, RowProducts::whole_pieces(length), tile);
+      take_place();
       if (factors) {
         for_pieces([&](auto s, auto p, int, int) { tile[s][p] *= factors[s]; });
       }
@@ -416,7 +431,7 @@ class Attention {
   }
 
   // ds, which stands in the place of do, to the gradient of the bias, or onto what is there.
-  HELO_FAST_HD void write_dbias(int64_t b, int64_t h, bool add) {
+  HELO_FAST_HD void write_dbias(int b, int h, bool add) {
     const Matrix dS = matrix(kDo);
     with_stored(x_.dbias.storage, [&](auto zero) {
       using stored = decltype(zero);
@@ -443,8 +458,10 @@ class Attention {
   const AttentionBatch& x_;
   Team& team_;
   const int n_, m_, d_;
+  const bool backward_;
   scalar* const values_;
   const int stride_;
+  scalar* const lse_;               // [n]
   unsigned char* const decisions_;  // [n, kDecisionStride]
   const uint64_t seed_;
   RowProducts products_;

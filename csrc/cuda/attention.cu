@@ -1,5 +1,5 @@
-// lcd_attention on CUDA, forward and backward, up to 64 x 64: common/attention.h, a warp per head (four beyond 36 rows or columns, eight in
-// float64).
+// lcd_attention on CUDA, forward and backward, up to 64 x 64 (float64: 56 x 56): common/attention.h, a warp per head (four beyond 36 rows
+// or columns, eight in float64).
 //
 // Grid: x = block; heads block, block + gridDim.x, ..., or of the backward parts of them (attention_problem.h), so that what is shared is
 // summed in an order that depends on the shapes alone; the parts are the caller's to add up. Traffic: every operand is read once (the
@@ -37,7 +37,7 @@ constexpr int64_t kMostSums = int64_t(1) << 24;  // entries of their sums togeth
 template <typename scalar, typename Grid, bool backward>
 constexpr int resident() {
   if (sizeof(scalar) == 8) return backward ? 1 : 2;
-  return Grid::kLanes > 32 ? backward ? 3 : 4 : Grid::kTileRows == 3 ? 16 : backward ? 9 : 12;
+  return Grid::kLanes > 32 ? backward ? 3 : 4 : Grid::kTileRows == 3 ? 16 : backward ? 8 : 12;
 }
 
 template <typename scalar, typename Grid>
@@ -74,12 +74,13 @@ template <typename scalar>
 void launch(const AttentionBatch& x, bool backward, int32_t device_index) {
   const int64_t teams = backward ? x.b_parts * x.h_parts : x.B * x.H;
   if (teams == 0) return;
+  STD_TORCH_CHECK(x.B * x.H <= INT32_MAX, "lcd_attention: fewer than 2^31 heads");
   const bool served = with_attention_grid<scalar>(x.n, x.m, x.d, [&](auto grid) {
     using Grid = decltype(grid);
     const int64_t bytes = Attention<scalar, Grid, TeamOf<Grid::kLanes>>::shared_bytes(x, backward);
     start(backward ? attention_bwd<scalar, Grid> : attention_fwd<scalar, Grid>, x, Grid::kLanes, bytes, teams, device_index);
   });
-  STD_TORCH_CHECK(served, "lcd_attention: n and m may be 64 at most, d 128 (float64: 64)");
+  STD_TORCH_CHECK(served, "lcd_attention: n and m may be 64 at most, d 128 (float64: 56, 64)");
 }
 void launch(const AttentionBatch& x, const Tensor& like, bool backward) {
   const int32_t device = like.get_device_index();

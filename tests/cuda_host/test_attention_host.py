@@ -138,7 +138,7 @@ def test_every_size(dtype, programs):
         (64, 64, 128),
         (2, 61, 33),
     ]
-    for n, m, d in sizes if single else [(1, 1, 1), (36, 36, 32), (64, 64, 64), (3, 61, 33)]:
+    for n, m, d in sizes if single else [(1, 1, 1), (36, 36, 32), (56, 56, 64), (3, 51, 33)]:
         case, grad_out = problem(program, 1 if max(n, m) > 36 or not single else 2, 2 if single else 1, n, m, d, dtype=dtype)
         case.compare(grad_out, f"{n} x {m} x {d}")
 
