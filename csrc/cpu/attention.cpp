@@ -18,10 +18,10 @@
 #include <optional>
 #include <tuple>
 
+#include "../common/half.h"
+#include "../common/philox.h"
 #include "attention_problem.h"
 #include "capability.h"
-#include "common/half.h"
-#include "common/philox.h"
 #include "problems.h"
 #include "tensors.h"
 

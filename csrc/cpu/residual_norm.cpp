@@ -14,9 +14,9 @@
 #include <tuple>
 #include <utility>
 
+#include "../common/half.h"
+#include "../common/philox.h"
 #include "capability.h"
-#include "common/half.h"
-#include "common/philox.h"
 #include "problems.h"
 #include "residual_norm_problem.h"
 #include "tensors.h"
