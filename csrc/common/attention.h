@@ -3,8 +3,8 @@
 //   s = (q k' + bias) scale, a dropped key's s = min(s, DROPPED);  w = softmax(s);  o = (keep * w) v rescale
 //   dv = (keep * w)' do rescale;  ds = w * (keep * (do v') rescale - delta) scale;  dbias = ds;  dq = ds k;  dk = ds' q
 //
-// with delta = rowsum(do * o), which is rowsum(keep * w * (do v')) rescale / rowsum(w): the output is not read again. The last is 1, but for
-// what the log-sum-exp of huge logits loses.
+// with delta = rowsum(do * o), which is rowsum(keep * w * (do v')) rescale / rowsum(w): the output is not read again. The last is 1,
+// but for what the log-sum-exp of huge logits loses.
 //
 // q, k, v and do stand in shared memory, rows apart by an odd number of 16-byte pieces; logits and slopes stand in registers, a tile a
 // lane (row_products.h), and on their way from one product to the next in the place of an operand that has been read: the weights in that
@@ -36,9 +36,12 @@ struct AttentionBatch : AttentionArguments {
 struct Walk {
   HELO_FAST_HD Walk(int first, int step, int columns)
       : columns(columns), step_row(step / columns), step_column(step % columns), row(first / columns), column(first % columns) {}
-  HELO_FAST_HD void advance() {
+  // Whether it goes on in a row further than step_row.
+  HELO_FAST_HD bool advance() {
     row += step_row, column += step_column;
-    if (column >= columns) column -= columns, ++row;
+    const bool wraps = column >= columns;
+    if (wraps) column -= columns, ++row;
+    return wraps;
   }
   int columns, step_row, step_column, row, column;
 };
@@ -143,67 +146,78 @@ class Attention {
 
   template <typename stored>
   HELO_FAST_HD void fetch_matrix(const View& x, int b, int h, int rows, int columns, Matrix to) {
+    const stored* from = place<stored>(x, b, h);
+    const bool whole = x.column == 1 && columns % kPiece == 0 && x.row % kPiece == 0;
+    if (whole && reinterpret_cast<uintptr_t>(from) % (kPiece * sizeof(stored)) == 0)
+      fetch_pieces(from, x.row, rows, columns, to);
+    else
+      fetch_entries(from, x, rows, columns, to);
+  }
+
+  // Where rows are whole pieces, aligned. Addresses go on by steps: a piece costs little more than its copy.
+  template <typename stored>
+  HELO_FAST_HD void fetch_pieces(const stored* from, int64_t row, int rows, int columns, Matrix to) {
     struct alignas(kPiece * sizeof(stored)) Stored {
       stored at[kPiece];
     };
-    const stored* from = place<stored>(x, b, h);
-    const bool aligned = x.column == 1 && columns % kPiece == 0 && x.row % kPiece == 0 && reinterpret_cast<uintptr_t>(from) % sizeof(Stored) == 0;
-    Walk walk(team_.lane(), Team::kLanes, RowProducts::whole_pieces(columns) / kPiece);
-    if constexpr (std::is_same_v<stored, scalar>) {
-      HELO_FAST_ROLLED
-      for (; walk.row < rows; walk.advance()) {
-        const int k = walk.column * kPiece;
-        const stored* here = from + walk.row * x.row + k * x.column;
-        scalar* there = &to(walk.row, k);
-        if (aligned) {
-          team_.template copy_in<16>(there, here);
-        } else {
-          HELO_FAST_UNROLL
-          for (int p = 0; p < kPiece; ++p) {
-            if (k + p < columns)
-              team_.template copy_in<int(sizeof(scalar))>(there + p, here + p * x.column);
-            else
-              there[p] = 0;
-          }
-        }
-      }
-    } else {
-      HELO_FAST_ROLLED
-      while (walk.row < rows) {
+    Walk walk(team_.lane(), Team::kLanes, columns / kPiece);
+    const stored* here = from + walk.row * row + walk.column * kPiece;
+    scalar* there = &to(walk.row, walk.column * kPiece);
+    const int64_t step = walk.step_row * row + walk.step_column * kPiece, wrap = step + row - columns;
+    const int step_there = walk.step_row * to.stride + walk.step_column * kPiece, wrap_there = step_there + to.stride - columns;
+    const auto advance = [&] {
+      const bool wraps = walk.advance();
+      here += wraps ? wrap : step;
+      there += wraps ? wrap_there : step_there;
+    };
+    HELO_FAST_ROLLED
+    while (walk.row < rows) {
+      if constexpr (std::is_same_v<stored, scalar>) {
+        team_.template copy_in<16>(there, here);
+        advance();
+      } else {
         Stored loaded[kAtOnce];
-        scalar* there[kAtOnce];
+        scalar* places[kAtOnce];
         HELO_FAST_UNROLL
-        for (int a = 0; a < kAtOnce; ++a, walk.advance()) {
-          const int k = walk.column * kPiece;
-          const stored* here = from + walk.row * x.row + k * x.column;
-          there[a] = walk.row < rows ? &to(walk.row, k) : nullptr;
-          if (!there[a]) continue;
-          if (aligned) {
-            loaded[a] = *reinterpret_cast<const Stored*>(here);
-          } else {
-            HELO_FAST_UNROLL
-            for (int p = 0; p < kPiece; ++p) loaded[a].at[p] = k + p < columns ? here[p * x.column] : stored{};
-          }
+        for (int a = 0; a < kAtOnce; ++a, advance()) {
+          places[a] = walk.row < rows ? there : nullptr;
+          if (places[a]) loaded[a] = *reinterpret_cast<const Stored*>(here);
         }
         HELO_FAST_UNROLL
         for (int a = 0; a < kAtOnce; ++a) {
-          if (!there[a]) continue;
+          if (!places[a]) break;
           Piece piece;
           HELO_FAST_UNROLL
           for (int p = 0; p < kPiece; ++p) piece.at[p] = widen(loaded[a].at[p]);
-          *reinterpret_cast<Piece*>(there[a]) = piece;
+          *reinterpret_cast<Piece*>(places[a]) = piece;
         }
       }
     }
   }
 
+  template <typename stored>
+  HELO_FAST_HD void fetch_entries(const stored* from, const View& x, int rows, int columns, Matrix to) {
+    HELO_FAST_ROLLED
+    for (Walk walk(team_.lane(), Team::kLanes, RowProducts::whole_pieces(columns)); walk.row < rows; walk.advance()) {
+      const stored* here = from + (walk.row * x.row + walk.column * x.column);
+      scalar* there = &to(walk.row, walk.column);
+      if (walk.column >= columns)
+        *there = 0;
+      else if constexpr (std::is_same_v<stored, scalar>)
+        team_.template copy_in<int(sizeof(scalar))>(there, here);
+      else
+        *there = widen(*here);
+    }
+  }
+
   HELO_FAST_HD void decide(int b, int h) {
     if (!x_.masked) return;
+    const PhiloxKeys keys(seed_);
     const uint64_t problem = uint64_t(b) * uint64_t(x_.H) + uint64_t(h);
     HELO_FAST_ROLLED
     for (Walk walk(team_.lane(), Team::kLanes, (m_ + kPhiloxColumns - 1) / kPhiloxColumns); walk.row < n_; walk.advance()) {
       uint32_t words[kPhiloxColumns];
-      philox_words(seed_, problem, uint32_t(walk.row), uint32_t(walk.column), words);
+      philox_words(keys, problem, uint32_t(walk.row), uint32_t(walk.column), words);
       decisions_[walk.row * kDecisionStride + walk.column] = philox_decisions(words, x_.drop_below, x_.cut_below);
     }
   }
@@ -302,7 +316,7 @@ class Attention {
       unroll<Grid::kTileColumns>([&](auto t) {
         const scalar weight = std::exp(S[s][t] - top);
         total += weight;
-        S[s][t] = weight * (masks.keeps(t) ? scalar(1) : scalar(0));  // so that NaN stays
+        S[s][t] = masks.keeps(t) ? weight : scalar(0);  // a row with NaN has a NaN for a factor
       });
       total = over_row(total, Plus());
       factor[s] = scalar(x_.rescale) / (total == 0 ? scalar(1) : total);

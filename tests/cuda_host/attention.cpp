@@ -92,9 +92,9 @@ int words() {
   const auto counters = read<int64_t>(4 * count);
   for (int64_t k = 0; k < count; ++k) {
     const int64_t* c = counters.data() + 4 * k;
-    std::vector<uint32_t> result(kPhiloxColumns);
-    philox_words(uint64_t(c[0]), uint64_t(c[1]), uint32_t(c[2]), uint32_t(c[3]), reinterpret_cast<uint32_t(&)[kPhiloxColumns]>(*result.data()));
-    write(result);
+    uint32_t words[kPhiloxColumns];
+    philox_words(PhiloxKeys(uint64_t(c[0])), uint64_t(c[1]), uint32_t(c[2]), uint32_t(c[3]), words);
+    write(std::vector<uint32_t>(words, words + kPhiloxColumns));
   }
   return 0;
 }
