@@ -260,6 +260,7 @@ class Attention {
     const scalar s = sum * scale;
     return dropped && s > kDropped ? kDropped : s;
   }
+
   // Over the lanes of a row.
   template <typename Operation>
   HELO_FAST_HD scalar over_row(scalar value, Operation operation) {
