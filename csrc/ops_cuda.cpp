@@ -1,4 +1,5 @@
-// The CUDA extension: schemas of the kernels, and the module that Python imports to register them. They are those of csrc/ops.cpp.
+// The CUDA extension: schemas of the kernels, and the module that Python imports to register them. They are those of csrc/ops.cpp, but that
+// attention's backward takes no output, and returns the parts of a sum for its caller to add up.
 
 #define Py_LIMITED_API 0x030A0000
 #include <Python.h>
@@ -18,6 +19,12 @@ STABLE_TORCH_LIBRARY(helo_fast_cuda, m) {
       "gromov_from_tokens_fwd(Tensor x, Tensor y, Tensor a, Tensor b, Tensor? cost_xy, float threshold, bool over_batch, float alpha, "
       "str method, float epsilon, int outer_iter, int inner_iter, float? tol) "
       "-> (Tensor plan, Tensor gw_cost, Tensor marginal_error, Tensor n_iter, Tensor converged)");
+  m.def(
+      "lcd_attention_fwd(Tensor q, Tensor k, Tensor v, Tensor? bias, Tensor? seed, float scale, int drop_below, int cut_below, "
+      "float rescale) -> (Tensor out, Tensor lse)");
+  m.def(
+      "lcd_attention_bwd(Tensor grad_out, Tensor q, Tensor k, Tensor v, Tensor? bias, Tensor lse, Tensor? seed, float scale, "
+      "int drop_below, int cut_below, float rescale, bool bias_grad) -> (Tensor dq, Tensor dk, Tensor dv, Tensor dbias)");
 }
 
 PyMODINIT_FUNC PyInit__C_cuda() {

@@ -170,12 +170,16 @@ def attention_inputs(
     bias: str = "B H n m",
     shared: bool = False,
     dtype: torch.dtype = torch.float64,
-    device: str = "cpu",
+    device: str | torch.device | None = None,
 ) -> tuple[list[Tensor], Tensor]:
-    """([q, k, v] or [q, k, v, bias], leaves; the incoming gradient [B, H, n, d]). With ``shared``, q is [1, H, n, d]."""
+    """([q, k, v] or [q, k, v, bias], leaves; the incoming gradient [B, H, n, d]). With ``shared``, q is [1, H, n, d].
+
+    The same numbers on every device; None is the default one.
+    """
+    device = torch.get_default_device() if device is None else device
     generator = torch.Generator().manual_seed(n + 7 * m + 31 * d)
     shapes = [(1 if shared else B, H, n, d), (B, H, m, d), (B, H, m, d), ATTENTION_BIASES[bias](B, H, n, m), (B, H, n, d)]
-    tensors = [torch.randn(s, generator=generator, dtype=torch.float64).to(device, dtype) for s in shapes if s is not None]
+    tensors = [torch.randn(s, generator=generator, dtype=torch.float64, device="cpu").to(device, dtype) for s in shapes if s is not None]
     return [t.requires_grad_() for t in tensors[:-1]], tensors[-1]
 
 

@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 import helo_fast
 from helo_fast.ops.attention import lcd_attention, philox, reference
 
-BACKENDS = ["eager", "cpp", "triton"]  # a new back end joins every test here
+BACKENDS = ["eager", "cpp", "triton", "cuda"]  # a new back end joins every test here
 DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
 BIASES = {
     "none": None,

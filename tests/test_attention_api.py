@@ -13,7 +13,7 @@ import helo_fast
 from helo_fast import _registry
 from helo_fast.ops.attention import api, lcd_attention, reference
 
-BACKENDS = ["eager", "cpp"]  # a new back end joins every test here
+BACKENDS = ["eager", "cpp", "cuda"]  # a new back end joins every test here
 P = {"dropkey_p": 0.5, "dropout_p": 0.3, "seed": 17}
 BIASES = {"n m": (5, 6), "B n m": (3, 5, 6), "B 1 n m": (3, 1, 5, 6), "1 H n m": (1, 2, 5, 6), "B H n m": (3, 2, 5, 6)}
 

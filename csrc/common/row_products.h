@@ -1,4 +1,5 @@
-// Products of rows with rows of matrices in shared memory, over a grid of lanes (grid.h); each lane has its tile in the order of its entries.
+// Products of matrices in shared memory, rows with rows or with columns, over a grid of lanes (grid.h); each lane has its tile in the order
+// of its entries.
 //
 // Operands are read 16 bytes at a time. Rows are an odd number of such pieces apart, which meets all banks.
 #pragma once
@@ -20,6 +21,12 @@ class RowProducts {
   using Matrix = SharedMatrix<scalar>;
   using Tile = scalar[Grid::kTileRows][Grid::kTileColumns];
   static constexpr int kPiece = 16 / int(sizeof(scalar));  // entries of 16 bytes
+  // Of a product of rows with columns a lane has as many rows, and pieces of adjacent columns.
+  static constexpr int kPieces = 2, kWidth = Grid::kColumns * kPieces * kPiece;
+  using PieceTile = scalar[Grid::kTileRows][kPieces * kPiece];
+  struct alignas(16) Piece {
+    scalar at[kPiece];
+  };
 
   HELO_FAST_HD static int whole_pieces(int count) { return (count + kPiece - 1) / kPiece * kPiece; }
   HELO_FAST_HD static int stride(int count) { return (whole_pieces(count) / kPiece | 1) * kPiece; }
@@ -31,6 +38,7 @@ class RowProducts {
   }
   HELO_FAST_HD int row(int s) const { return row_ + Grid::kRows * s; }
   HELO_FAST_HD int column(int t) const { return column_ + Grid::kColumns * t; }
+  HELO_FAST_HD int piece(int u) const { return (column_ + Grid::kColumns * u) * kPiece; }  // its first column
   HELO_FAST_HD bool is_first_column() const { return column_ == 0; }
 
   // body(s, t, i, j) over this lane's tile.
@@ -62,11 +70,34 @@ class RowProducts {
     }
   }
 
- private:
-  struct alignas(16) Piece {
-    scalar at[kPiece];
-  };
+  // tile_ic = sum_k left_ik right_kc over kWidth columns c, k < length, a multiple of kPiece.
+  HELO_FAST_HD void multiply(Matrix left, Matrix right, int length, PieceTile& tile) const {
+    HELO_FAST_UNROLL
+    for (int s = 0; s < Grid::kTileRows; ++s) {
+      HELO_FAST_UNROLL
+      for (int c = 0; c < kPieces * kPiece; ++c) tile[s][c] = 0;
+    }
+    HELO_FAST_ROLLED
+    for (int k = 0; k < length; k += kPiece) {
+      Piece down[Grid::kTileRows];
+      HELO_FAST_UNROLL
+      for (int s = 0; s < Grid::kTileRows; ++s) down[s] = *reinterpret_cast<const Piece*>(&left(row(s), k));
+      HELO_FAST_UNROLL
+      for (int p = 0; p < kPiece; ++p) {
+        HELO_FAST_UNROLL
+        for (int u = 0; u < kPieces; ++u) {
+          const Piece across = *reinterpret_cast<const Piece*>(&right(k + p, piece(u)));
+          HELO_FAST_UNROLL
+          for (int s = 0; s < Grid::kTileRows; ++s) {
+            HELO_FAST_UNROLL
+            for (int c = 0; c < kPiece; ++c) tile[s][u * kPiece + c] += down[s].at[p] * across.at[c];
+          }
+        }
+      }
+    }
+  }
 
+ private:
   int row_ = 0, column_ = 0;
 };
 

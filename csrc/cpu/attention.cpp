@@ -18,6 +18,8 @@
 #include <optional>
 #include <tuple>
 
+#include "../common/half.h"
+#include "../common/philox.h"
 #include "attention_problem.h"
 #include "capability.h"
 #include "problems.h"

@@ -1,4 +1,5 @@
-// Philox 4x32-10 in the layout of helo_fast/ops/attention/philox.py, for one instruction set (see each_set.h); on simd.h.
+// Philox 4x32-10 in the layout of helo_fast/ops/attention/philox.py, for one instruction set (see each_set.h); on simd.h and, for the
+// constants, common/philox.h.
 //
 // Lanes are calls: each holds one counter, its words in the low halves of 64-bit lanes, so that a product is one multiplication.
 
@@ -19,14 +20,15 @@ inline void philox(uint64_t seed, uint64_t problem, const uint32_t* block, int64
     Lanes64 c2 = Lanes64{} + (problem & low), c3 = Lanes64{} + (problem >> 32);
     uint32_t key0 = uint32_t(seed), key1 = uint32_t(seed >> 32);
 #pragma GCC unroll 10
-    for (int round = 0; round < 10; ++round) {
-      const Lanes64 p0 = product_of_halves(c0, Lanes64{} + 0xD2511F53), p1 = product_of_halves(c2, Lanes64{} + 0xCD9E8D57);
+    for (int round = 0; round < helo_fast::kPhiloxRounds; ++round) {
+      const Lanes64 p0 = product_of_halves(c0, Lanes64{} + uint64_t(helo_fast::kPhiloxMultiplier0));
+      const Lanes64 p1 = product_of_halves(c2, Lanes64{} + uint64_t(helo_fast::kPhiloxMultiplier1));
       c0 = (p1 >> 32) ^ c1 ^ uint64_t(key0);  // above the low half stands what nobody reads
       c2 = (p0 >> 32) ^ c3 ^ uint64_t(key1);
       c1 = p1;
       c3 = p0;
-      key0 += 0x9E3779B9;
-      key1 += 0xBB67AE85;
+      key0 += helo_fast::kPhiloxWeyl0;
+      key1 += helo_fast::kPhiloxWeyl1;
     }
     const Lanes64 first = (c0 & low) | (c1 << 32), last = (c2 & low) | (c3 << 32);
     uint32_t* to = words + 4 * c;

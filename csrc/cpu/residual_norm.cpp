@@ -14,6 +14,8 @@
 #include <tuple>
 #include <utility>
 
+#include "../common/half.h"
+#include "../common/philox.h"
 #include "capability.h"
 #include "problems.h"
 #include "residual_norm_problem.h"

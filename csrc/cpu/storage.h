@@ -1,46 +1,13 @@
 // Tensors of any strides and floating dtype to padded matrices of the compute dtype and back, for one instruction set (see
-// each_set.h); on simd.h and attention_problem.h. Halves are converted by integer arithmetic, which vectorises everywhere.
+// each_set.h); on attention_problem.h and common/half.h.
 
 namespace {
 namespace HELO_FAST_SET {
 
-struct Half {
-  uint16_t bits;
-};
-struct Bfloat {
-  uint16_t bits;
-};
-
-inline float widen(Bfloat x) { return bits<float>(uint32_t(x.bits) << 16); }
-
-inline float widen(Half x) {
-  const uint32_t sign = uint32_t(x.bits & 0x8000) << 16, magnitude = uint32_t(x.bits & 0x7fff) << 13;
-  const uint32_t exponent = magnitude & 0x0f800000;
-  // Subnormal: the mantissa placed below 2^-14, less 2^-14. Otherwise the exponent's bias moves from 15 to 127, inf's and NaN's to 255.
-  const uint32_t small = bits<uint32_t>(bits<float>(magnitude + 0x38800000) - bits<float>(uint32_t(0x38800000)));
-  const uint32_t large = magnitude + (exponent == 0x0f800000 ? 0x70000000 : 0x38000000);
-  return bits<float>(sign | (exponent == 0 ? small : large));
-}
-
-inline float widen(float x) { return x; }
-inline double widen(double x) { return x; }
-
-// Rounded to nearest, ties to even.
-inline Bfloat narrow(float x, Bfloat) {
-  const uint32_t b = bits<uint32_t>(x);
-  return {uint16_t((b & 0x7fffffff) > 0x7f800000 ? 0x7fc0 : (b + 0x7fff + ((b >> 16) & 1)) >> 16)};
-}
-
-inline Half narrow(float x, Half) {
-  const uint32_t b = bits<uint32_t>(x), magnitude = b & 0x7fffffff;
-  const uint32_t normal = (magnitude - 0x38000000 + 0xfff + ((magnitude >> 13) & 1)) >> 13;
-  const uint32_t small = bits<uint32_t>(bits<float>(magnitude) + 0.5f) - 0x3f000000;  // the sum rounds to multiples of 2^-24
-  const uint32_t rounded = magnitude > 0x7f800000 ? 0x7e00 : magnitude >= 0x477ff000 ? 0x7c00 : magnitude < 0x38800000 ? small : normal;
-  return {uint16_t((b >> 16 & 0x8000) | rounded)};
-}
-
-inline float narrow(float x, float) { return x; }
-inline double narrow(double x, double) { return x; }
+using helo_fast::Bfloat;
+using helo_fast::Half;
+using helo_fast::narrow;
+using helo_fast::widen;
 
 // use(pointer of the stored type) for data of a storage whose compute dtype is scalar
 template <typename Use>

@@ -68,7 +68,7 @@ def lcd_attention(
         Saved for backward: q, k, v, bias, the output, the row log-sum-exp and the seed. Back ends: eager holds n x m temporaries for
         a few heads at a time (at most about 4 million entries, or one head's); cpp holds 64 x 64 tiles, and where the bias or the query
         is shared up to 64 partial sums of its gradient (at most 16 million entries, or one sum's), so that the bits do not depend on
-        the number of threads.
+        the number of threads; cuda holds heads in shared memory, and up to 8192 such sums.
 
     Example:
         >>> import torch

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ... import _registry
-from ..._registry import CPP, EAGER, TRITON, Adapter
+from ..._registry import CPP, CUDA, EAGER, TRITON, Adapter
 from . import philox, reference
 
 
@@ -47,12 +47,39 @@ def _triton_refuses(q: Tensor) -> str | None:
     return _registry.triton_refuses(q)
 
 
+def _cuda_holds(q: Tensor, k: Tensor) -> bool:
+    """Whether a head fits in shared memory, and the number of heads in 32 bits."""
+    most, most_d = (56, 64) if q.dtype == torch.float64 else (64, 128)
+    return max(q.shape[2], k.shape[2]) <= most and q.shape[3] <= most_d and k.shape[0] * k.shape[1] < 2**31
+
+
+def _cuda_fwd(
+    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, seed: Tensor | None, scale: float, dropkey_p: float, dropout_p: float
+) -> tuple[Tensor, Tensor]:
+    if not _cuda_holds(q, k):  # larger heads are PyTorch's
+        return reference.fwd(q, k, v, bias, seed, scale, dropkey_p, dropout_p)
+    return torch.ops.helo_fast_cuda.lcd_attention_fwd(q, k, v, bias, seed, scale, *_drawn(dropkey_p, dropout_p))
+
+
+def _cuda_bwd(*arguments: object) -> tuple[Tensor | None, ...]:
+    grad_out, q, k, v, bias, _out, lse, seed, scale, dropkey_p, dropout_p, bias_grad = arguments
+    if not _cuda_holds(q, k):
+        return reference.bwd(*arguments)
+    tensors = (grad_out, q, k, v, bias, lse, seed)
+    dq, dk, dv, dbias = torch.ops.helo_fast_cuda.lcd_attention_bwd(*tensors, scale, *_drawn(dropkey_p, dropout_p), bias_grad)
+    # What is shared comes in parts.
+    if q.shape[0] != k.shape[0]:
+        dq = dq.transpose(1, 2).sum(0, keepdim=True).to(q.dtype).transpose(1, 2)
+    return dq, dk, dv, dbias.sum_to_size(bias.shape).to(bias.dtype) if bias_grad else None
+
+
 _registry.register(
     "lcd_attention",
     (
         Adapter(EAGER, {"fwd": reference.fwd, "bwd": reference.bwd}),
         Adapter(CPP, {"fwd": _cpp_fwd, "bwd": _cpp_bwd}, _registry.only_on("cpu")),
         Adapter(TRITON, {"fwd": _triton_fwd, "bwd": _triton_bwd}, _triton_refuses),
+        Adapter(CUDA, {"fwd": _cuda_fwd, "bwd": _cuda_bwd}, _registry.only_on("cuda")),
     ),
     # A GPU back end joins "cuda" with a results file from the hardware in benchmarks/results.
     auto={"cpu": ("cpp", "eager"), "cuda": ("eager",)},
