@@ -18,10 +18,9 @@
 
 #include <cmath>
 #include <cstdint>
-#include <type_traits>
 
 #include "cpu/attention_problem.h"
-#include "half.h"
+#include "heads.h"
 #include "philox.h"
 #include "row_products.h"
 #include "split.h"
@@ -30,20 +29,6 @@ namespace helo_fast {
 
 struct AttentionBatch : AttentionArguments {
   const int64_t* seed_at;  // in the place of seed, where masked
-};
-
-// Entries of a matrix in turn, row by row: a lane's.
-struct Walk {
-  HELO_FAST_HD Walk(int first, int step, int columns)
-      : columns(columns), step_row(step / columns), step_column(step % columns), row(first / columns), column(first % columns) {}
-  // Whether it goes on in a row further than step_row.
-  HELO_FAST_HD bool advance() {
-    row += step_row, column += step_column;
-    const bool wraps = column >= columns;
-    if (wraps) column -= columns, ++row;
-    return wraps;
-  }
-  int columns, step_row, step_column, row, column;
 };
 
 template <typename scalar, typename Grid, typename Team>
@@ -89,7 +74,6 @@ class Attention {
   using Piece = typename RowProducts::Piece;
   static constexpr int kPiece = RowProducts::kPiece;
   static constexpr int kDecisionStride = 16;  // bytes a row: a call of Philox each
-  static constexpr int kAtOnce = 4;           // loads on their way to registers
   static constexpr scalar kDropped = scalar(-999999995904.0);  // DROPPED of helo_fast/ops/attention/reference.py, whose rules these are
   static_assert(Grid::kMaxColumns <= kDecisionStride * kPhiloxColumns && Grid::kColumns % kPhiloxColumns == 0);
   enum Operand { kQ, kK, kV, kDo, kBias };  // in this order in memory
@@ -114,25 +98,6 @@ class Attention {
   }
   HELO_FAST_HD void take_place() { products_.take_place(team_.lane()); }
 
-  // use(a value of the stored type)
-  template <typename Use>
-  HELO_FAST_HD static void with_stored(Storage storage, const Use& use) {
-    if constexpr (sizeof(scalar) == 8) {
-      use(double());
-    } else {
-      if (storage == Storage::float32)
-        use(float());
-      else if (storage == Storage::bfloat16)
-        use(Bfloat());
-      else
-        use(Half());
-    }
-  }
-  template <typename stored>
-  HELO_FAST_HD static stored* place(const View& x, int b, int h) {
-    return reinterpret_cast<stored*>(x.data) + (b * x.batch + h * x.head);
-  }
-
   // The operands of a head; there after await_copies().
   HELO_FAST_HD void fetch(int b, int h) {
     HELO_FAST_ROLLED
@@ -140,73 +105,7 @@ class Attention {
       const View x = which == kQ ? x_.q : which == kK ? x_.k : which == kV ? x_.v : which == kDo ? x_.grad_out : x_.bias;
       if (!x.data) continue;
       const int rows = which == kK || which == kV ? m_ : n_, columns = which == kBias ? m_ : d_;
-      with_stored(x.storage, [&](auto zero) { fetch_matrix<decltype(zero)>(x, b, h, rows, columns, matrix(which)); });
-    }
-  }
-
-  template <typename stored>
-  HELO_FAST_HD void fetch_matrix(const View& x, int b, int h, int rows, int columns, Matrix to) {
-    const stored* from = place<stored>(x, b, h);
-    const bool whole = x.column == 1 && columns % kPiece == 0 && x.row % kPiece == 0;
-    if (whole && reinterpret_cast<uintptr_t>(from) % (kPiece * sizeof(stored)) == 0)
-      fetch_pieces(from, x.row, rows, columns, to);
-    else
-      fetch_entries(from, x, rows, columns, to);
-  }
-
-  // Where rows are whole pieces, aligned. Addresses go on by steps: a piece costs little more than its copy.
-  template <typename stored>
-  HELO_FAST_HD void fetch_pieces(const stored* from, int64_t row, int rows, int columns, Matrix to) {
-    struct alignas(kPiece * sizeof(stored)) Stored {
-      stored at[kPiece];
-    };
-    Walk walk(team_.lane(), Team::kLanes, columns / kPiece);
-    const stored* here = from + walk.row * row + walk.column * kPiece;
-    scalar* there = &to(walk.row, walk.column * kPiece);
-    const int64_t step = walk.step_row * row + walk.step_column * kPiece, wrap = step + row - columns;
-    const int step_there = walk.step_row * to.stride + walk.step_column * kPiece, wrap_there = step_there + to.stride - columns;
-    const auto advance = [&] {
-      const bool wraps = walk.advance();
-      here += wraps ? wrap : step;
-      there += wraps ? wrap_there : step_there;
-    };
-    HELO_FAST_ROLLED
-    while (walk.row < rows) {
-      if constexpr (std::is_same_v<stored, scalar>) {
-        team_.template copy_in<16>(there, here);
-        advance();
-      } else {
-        Stored loaded[kAtOnce];
-        scalar* places[kAtOnce];
-        HELO_FAST_UNROLL
-        for (int a = 0; a < kAtOnce; ++a, advance()) {
-          places[a] = walk.row < rows ? there : nullptr;
-          if (places[a]) loaded[a] = *reinterpret_cast<const Stored*>(here);
-        }
-        HELO_FAST_UNROLL
-        for (int a = 0; a < kAtOnce; ++a) {
-          if (!places[a]) break;
-          Piece piece;
-          HELO_FAST_UNROLL
-          for (int p = 0; p < kPiece; ++p) piece.at[p] = widen(loaded[a].at[p]);
-          *reinterpret_cast<Piece*>(places[a]) = piece;
-        }
-      }
-    }
-  }
-
-  template <typename stored>
-  HELO_FAST_HD void fetch_entries(const stored* from, const View& x, int rows, int columns, Matrix to) {
-    HELO_FAST_ROLLED
-    for (Walk walk(team_.lane(), Team::kLanes, RowProducts::whole_pieces(columns)); walk.row < rows; walk.advance()) {
-      const stored* here = from + (walk.row * x.row + walk.column * x.column);
-      scalar* there = &to(walk.row, walk.column);
-      if (walk.column >= columns)
-        *there = 0;
-      else if constexpr (std::is_same_v<stored, scalar>)
-        team_.template copy_in<int(sizeof(scalar))>(there, here);
-      else
-        *there = widen(*here);
+      fetch_matrix(team_, x, b, h, rows, columns, matrix(which));
     }
   }
 
@@ -408,7 +307,7 @@ class Attention {
           if (i < rows && first + c < d_) tile[s][p] += from[i * to.row + first + c];
         });
       }
-      with_stored(to.storage, [&](auto zero) { put(tile, place<decltype(zero)>(to, b, h), to.row, rows, first); });
+      with_stored<scalar>(to.storage, [&](auto zero) { put(tile, place<decltype(zero)>(to, b, h), to.row, rows, first); });
     }
   }
   // body(s, p, row, column) for the entries of a lane's pieces.
@@ -448,23 +347,23 @@ class Attention {
   // ds, which stands in the place of do, to the gradient of the bias, or onto what is there.
   HELO_FAST_HD void write_dbias(int b, int h, bool add) {
     const Matrix dS = matrix(kDo);
-    with_stored(x_.dbias.storage, [&](auto zero) {
+    with_stored<scalar>(x_.dbias.storage, [&](auto zero) {
       using stored = decltype(zero);
       stored* to = place<stored>(x_.dbias, b, h);
       Walk walk(team_.lane(), Team::kLanes, m_);
       HELO_FAST_ROLLED
       while (walk.row < n_) {
-        stored* there[kAtOnce];
-        scalar values[kAtOnce];
+        stored* there[kLoadsAtOnce];
+        scalar values[kLoadsAtOnce];
         HELO_FAST_UNROLL
-        for (int a = 0; a < kAtOnce; ++a, walk.advance()) {
+        for (int a = 0; a < kLoadsAtOnce; ++a, walk.advance()) {
           there[a] = walk.row < n_ ? to + walk.row * x_.dbias.row + walk.column : nullptr;
           if (!there[a]) continue;
           values[a] = dS(walk.row, walk.column);
           if (add) values[a] += widen(*there[a]);
         }
         HELO_FAST_UNROLL
-        for (int a = 0; a < kAtOnce; ++a)
+        for (int a = 0; a < kLoadsAtOnce; ++a)
           if (there[a]) *there[a] = narrow(values[a], stored{});
       }
     });
