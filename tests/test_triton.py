@@ -7,9 +7,10 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import numpy
 import pytest
 
-pytest.importorskip("triton", reason='triton is not installed: pip install "helo-fast[triton]"')
+triton = pytest.importorskip("triton", reason='triton is not installed: pip install "helo-fast[triton]"')
 
 FILES = sorted(Path(__file__).parent.glob("test_triton_*.py"))
 
@@ -32,6 +33,8 @@ def children():
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem.removeprefix("test_triton_"))
 def test_under_the_interpreter(file, children):
     child = children[file].result()
+    if triton.__version__.startswith("3.6.") and "only 0-dimensional arrays can be converted to Python scalars" in child.stdout:
+        pytest.skip(f"the interpreter of Triton {triton.__version__} does not work with NumPy {numpy.__version__}")
     assert child.returncode == 0, f"{child.stdout}\n{child.stderr}"
     assert re.search(r"\d+ passed", child.stdout) and "skipped" not in child.stdout, child.stdout
 
