@@ -41,7 +41,7 @@ demo: $(STAMP)  ## train on embedded synthetic data, under five minutes on two c
 
 bench: $(STAMP)  ## the benchmarks, and their ratios beside the targets
 	@mkdir -p .benchmarks
-	$(BIN)/pytest benchmarks --benchmark-only --benchmark-json=.benchmarks/latest.json -q
+	$(BIN)/pytest benchmarks --benchmark-only --benchmark-json=.benchmarks/latest.json -q $(BENCH)
 	$(BIN)/python benchmarks/ratios.py .benchmarks/latest.json
 
 performance: $(STAMP)  ## the benchmarks with the large sizes, into docs/performance.md and its plots (an idle machine, ten minutes)

@@ -12,6 +12,10 @@ _unmeasured = pytest.StashKey[list]()
 _load = pytest.StashKey[object]()
 
 
+def pytest_addoption(parser):
+    parser.addoption("--seconds", type=float, default=1.5, help="for each benchmark's rounds, of which there are some in any case (1.5)")
+
+
 def pytest_configure(config):
     config.stash[_unmeasured] = []
     config.stash[_load] = os.getloadavg()[0] if hasattr(os, "getloadavg") else None
@@ -32,7 +36,7 @@ def bench(benchmark, request):
     parameters = request.node.callspec.params
     benchmark.group = parameters["case"].group
     benchmark.extra_info.update(member=parameters["member"], environment=environment())
-    return Bench(benchmark, parameters["case"].device)
+    return Bench(benchmark, parameters["case"].device, request.config.getoption("--seconds"))
 
 
 @pytest.hookimpl(wrapper=True)

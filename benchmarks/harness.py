@@ -53,9 +53,10 @@ def environment() -> dict[str, object]:
 class Bench:
     """One member of one group: says who it is, then times a function whose answer was checked."""
 
-    def __init__(self, benchmark, device: str):
+    def __init__(self, benchmark, device: str, seconds: float):
         self.benchmark = benchmark
         self.device = device
+        self.seconds = seconds
 
     def note(self, **facts: object) -> None:
         """Into the result's extra_info."""
@@ -76,8 +77,8 @@ class Bench:
         else:
             self.note(no_peak=reason)
 
-    def time(self, function: Callable[[], object], *, budget: float = 1.5, iterations: int = 1) -> None:
-        """As many rounds as fit ``budget`` seconds, between MIN_ROUNDS and MAX_ROUNDS, after a warm-up (two where it is fast); on a GPU
+    def time(self, function: Callable[[], object], *, iterations: int = 1) -> None:
+        """As many rounds as fit ``self.seconds``, between MIN_ROUNDS and MAX_ROUNDS, after a warm-up (two where it is fast); on a GPU
         each is waited for."""
 
         def run() -> None:
@@ -89,8 +90,8 @@ class Bench:
         for _ in range(iterations):
             run()
         once = time.perf_counter() - start
-        rounds = min(max(int(budget / once), MIN_ROUNDS), MAX_ROUNDS)
-        self.benchmark.pedantic(run, rounds=rounds, iterations=iterations, warmup_rounds=int(once < budget / MIN_ROUNDS))
+        rounds = min(max(int(self.seconds / once), MIN_ROUNDS), MAX_ROUNDS)
+        self.benchmark.pedantic(run, rounds=rounds, iterations=iterations, warmup_rounds=int(once < self.seconds / MIN_ROUNDS))
 
 
 def identify(value: object) -> str:
