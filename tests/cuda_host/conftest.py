@@ -54,7 +54,8 @@ def talk(program, words, tensors, wanted):
     """The tensors that a program writes, each wanted as (shape, dtype); words are its arguments, a dtype's without "torch."."""
     given = b"".join(t.contiguous().numpy().tobytes() for t in tensors)
     command = [str(program), *(str(word).removeprefix("torch.") for word in words)]
-    done = subprocess.run(command, input=given, capture_output=True)
+    environment = {name: value for name, value in os.environ.items() if name != "LD_PRELOAD"}  # a sanitizer's library wants to be the first
+    done = subprocess.run(command, input=given, capture_output=True, env=environment)
     assert done.returncode == 0, done.stderr.decode()[-3000:]
     found, at = [], 0
     for shape, dtype in wanted:
