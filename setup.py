@@ -15,7 +15,7 @@ TORCH_TARGET = (2, 10)  # the stable ABI compiled against; the lower bound on to
 STABLE_ABI = f"-DTORCH_TARGET_VERSION={(TORCH_TARGET[0] << 56) | (TORCH_TARGET[1] << 48)}ULL"
 ARCHITECTURES = (os.environ.get("TORCH_CUDA_ARCH_LIST") or "8.0;9.0;10.0+PTX").replace(" ", ";").split(";")
 FLAGS = ["-O3", "-std=c++17", STABLE_ABI]
-# Python's own flags ask for debug information, nine tenths of a library and a fifth of its compilation.
+# Python's own flags ask for debug information, most of a library's size.
 NO_DEBUG = [] if "-g" in os.environ.get("CFLAGS", "") else ["-g0"]
 
 # An isolated build hides the environment that the package will be installed in: look for its torch there.

@@ -2,6 +2,7 @@
 
 import importlib
 import json
+from dataclasses import replace
 
 import pytest
 
@@ -40,7 +41,8 @@ def test_kernels_compile_without_spills(compiler):
         pytest.skip(reason)
     rows = gpu_static.collect([compiler])
     spill = compiler == "triton" and importlib.import_module("triton").__version__.startswith("3.6.")  # some do there: README
-    problems = [f"{row.kernel}, sm_{row.architecture}: {row.problem}" for row in rows if row.problem and not (spill and row.local)]
+    judged = [replace(row, local=0) if spill else row for row in rows]
+    problems = [f"{row.kernel}, sm_{row.architecture}: {row.problem}" for row in judged if row.problem]
     assert not problems, "\n".join(problems)
     assert all(row.registers and row.occupancy is not None for row in rows), "a kernel needs __launch_bounds__ with its threads"
     by_architecture = {row.architecture for row in rows}

@@ -15,9 +15,19 @@ triton = pytest.importorskip("triton", reason='triton is not installed: pip inst
 FILES = sorted(Path(__file__).parent.glob("test_triton_*.py"))
 
 
+def arrays_of_one_are_numbers():
+    """As they were to NumPy once, and as Triton 3.6 takes them."""
+    try:
+        return int(numpy.ones(1)) == 1
+    except TypeError:
+        return False
+
+
 @pytest.fixture(scope="module")
 def children():
     """file -> the future of its tests' run on the CPU, in a child: Triton reads TRITON_INTERPRET once, when it is imported."""
+    if triton.__version__.startswith("3.6.") and not arrays_of_one_are_numbers():
+        pytest.skip(f"the interpreter of Triton {triton.__version__} does not work with NumPy {numpy.__version__}")
     environment = {**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
     options = ["-q", "-m", "not gpu", "--require-backend", "triton", "-W", "ignore::RuntimeWarning", "-p", "no:cacheprovider"]
 
@@ -33,8 +43,6 @@ def children():
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem.removeprefix("test_triton_"))
 def test_under_the_interpreter(file, children):
     child = children[file].result()
-    if triton.__version__.startswith("3.6.") and "only 0-dimensional arrays can be converted to Python scalars" in child.stdout:
-        pytest.skip(f"the interpreter of Triton {triton.__version__} does not work with NumPy {numpy.__version__}")
     assert child.returncode == 0, f"{child.stdout}\n{child.stderr}"
     assert re.search(r"\d+ passed", child.stdout) and "skipped" not in child.stdout, child.stdout
 

@@ -21,6 +21,7 @@
 #include "../common/half.h"
 #include "../common/philox.h"
 #include "attention_problem.h"
+#include "attention_tensors.h"
 #include "capability.h"
 #include "problems.h"
 #include "tensors.h"
@@ -36,18 +37,6 @@ namespace {
 constexpr int64_t kMostTasks = 64;                // that add to one gradient
 constexpr int64_t kMostPartials = int64_t(1) << 24;  // entries of their sums together, or one task's where that is more
 
-View view(const Tensor& t) {
-  const auto stride = [&](int64_t dim) { return t.size(dim) == 1 ? 0 : t.stride(dim); };
-  auto* data = static_cast<unsigned char*>(const_cast<void*>(t.const_data_ptr()));  // what is written to was made here
-  return {data, storage(t), stride(0), stride(1), t.stride(2), t.dim() == 4 ? t.stride(3) : 1};
-}
-
-// [B, H, n, d] in the memory of [B, n, H, d]: joining the heads of a result copies nothing.
-Tensor empty_heads(const Tensor& like, int64_t B, int64_t H, int64_t n, int64_t d) {
-  return torch::stable::transpose(torch::stable::new_empty(like, {B, n, H, d}), 1, 2);
-}
-Tensor empty_heads(const Tensor& like) { return empty_heads(like, like.size(0), like.size(1), like.size(2), like.size(3)); }
-
 const AttentionKernel& kernel(const Tensor& t) {
   return t.scalar_type() == ScalarType::Double ? pick(baseline::attention<double>, avx2::attention<double>, avx512::attention<double>)
                                                : pick(baseline::attention<float>, avx2::attention<float>, avx512::attention<float>);
@@ -56,13 +45,8 @@ const AttentionKernel& kernel(const Tensor& t) {
 AttentionArguments arguments(const Tensor& q, const Tensor& k, const Tensor& v, const std::optional<Tensor>& bias,
                              const std::optional<Tensor>& seed, double scale, int64_t drop_below, int64_t cut_below, double rescale) {
   AttentionArguments x{};
-  x.B = k.size(0), x.H = k.size(1), x.n = q.size(2), x.m = k.size(2), x.d = q.size(3);
-  x.q = view(q), x.k = view(k), x.v = view(v);
-  if (bias) x.bias = view(*bias);
-  x.scale = scale, x.rescale = rescale;
-  x.masked = seed && (drop_below > 0 || cut_below > 0);
+  describe(x, q, k, v, bias, seed, scale, drop_below, cut_below, rescale);
   if (x.masked) x.seed = static_cast<uint64_t>(*static_cast<const int64_t*>(seed->const_data_ptr()));
-  x.drop_below = static_cast<uint32_t>(drop_below), x.cut_below = static_cast<uint32_t>(cut_below);
   return x;
 }
 
@@ -103,22 +87,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> lcd_attention_bwd(
   x.dq = view(dq), x.dk = view(dk), x.dv = view(dv);
   if (bias_grad) x.dbias = view(dbias);
 
-  const bool over_batch = bias_grad && bias->size(0) != x.B, over_heads = bias_grad && bias->size(1) != x.H;
-  x.add_dq = q.size(0) != x.B;
-  x.add_dbias = over_batch || over_heads;
-  x.dbias_over_batch = over_batch;
-  const int64_t entries = (x.add_dbias ? x.n * x.m : 0) + (x.add_dq ? x.n * x.d : 0);
-  const int64_t tasks = std::max<int64_t>(1, std::min(kMostTasks, kMostPartials / std::max<int64_t>(entries, 1)));
-  const bool any_over_batch = x.add_dq || over_batch;
-  x.h_parts = over_heads && (any_over_batch ? x.H : x.B * x.H) > tasks ? 1 : x.H;
-  x.b_parts = any_over_batch ? std::min(x.B, std::max<int64_t>(1, tasks / x.h_parts)) : x.B;
+  part_sums(x, q, bias, bias_grad, kMostTasks, kMostPartials);
   std::optional<Tensor> dq_parts, dbias_parts;
   if (x.add_dq) {
     dq_parts = torch::stable::transpose(torch::stable::new_zeros(q, {x.b_parts, x.n, x.H, x.d}, compute_type(q)), 1, 2);
     x.dq = view(*dq_parts);
   }
   if (x.add_dbias) {
-    dbias_parts = torch::stable::new_zeros(q, {over_batch ? x.b_parts : x.B, x.h_parts, x.n, x.m}, compute_type(q));
+    dbias_parts = torch::stable::new_zeros(q, {x.dbias_over_batch ? x.b_parts : x.B, x.h_parts, x.n, x.m}, compute_type(q));
     x.dbias = view(*dbias_parts);
   }
 

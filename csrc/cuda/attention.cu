@@ -19,6 +19,7 @@
 #include <optional>
 #include <tuple>
 
+#include "cpu/attention_tensors.h"
 #include "cpu/tensors.h"
 #include "launch.h"
 #include "team.h"
@@ -40,22 +41,14 @@ constexpr int resident() {
   return Grid::kLanes > 32 ? backward ? 3 : 4 : Grid::kTileRows == 3 ? 16 : backward ? 8 : 12;
 }
 
-template <typename scalar, typename Grid>
-__global__ void __launch_bounds__(Grid::kLanes, resident<scalar, Grid, false>()) attention_fwd(const AttentionBatch x) {
+template <typename scalar, typename Grid, bool backward>
+__global__ void __launch_bounds__(Grid::kLanes, resident<scalar, Grid, backward>()) attention_heads(const AttentionBatch x) {
   using Team = TeamOf<Grid::kLanes>;
   extern __shared__ __align__(16) unsigned char memory[];
   __shared__ typename Team::Shared between_warps;
   Team team(between_warps);
-  Attention<scalar, Grid, Team>(x, false, memory, team).forward_share(blockIdx.x, gridDim.x);
-}
-
-template <typename scalar, typename Grid>
-__global__ void __launch_bounds__(Grid::kLanes, resident<scalar, Grid, true>()) attention_bwd(const AttentionBatch x) {
-  using Team = TeamOf<Grid::kLanes>;
-  extern __shared__ __align__(16) unsigned char memory[];
-  __shared__ typename Team::Shared between_warps;
-  Team team(between_warps);
-  Attention<scalar, Grid, Team>(x, true, memory, team).backward_share(blockIdx.x, gridDim.x);
+  Attention<scalar, Grid, Team> attention(x, backward, memory, team);
+  backward ? attention.backward_share(blockIdx.x, gridDim.x) : attention.forward_share(blockIdx.x, gridDim.x);
 }
 
 // As many blocks as find room at once, of `teams` that have work: all take about the same time.
@@ -78,7 +71,7 @@ void launch(const AttentionBatch& x, bool backward, int32_t device_index) {
   const bool served = with_attention_grid<scalar>(x.n, x.m, x.d, [&](auto grid) {
     using Grid = decltype(grid);
     const int64_t bytes = Attention<scalar, Grid, TeamOf<Grid::kLanes>>::shared_bytes(x, backward);
-    start(backward ? attention_bwd<scalar, Grid> : attention_fwd<scalar, Grid>, x, Grid::kLanes, bytes, teams, device_index);
+    start(backward ? attention_heads<scalar, Grid, true> : attention_heads<scalar, Grid, false>, x, Grid::kLanes, bytes, teams, device_index);
   });
   STD_TORCH_CHECK(served, "lcd_attention: n and m may be 64 at most, d 128 (float64: 56, 64)");
 }
@@ -87,27 +80,11 @@ void launch(const AttentionBatch& x, const Tensor& like, bool backward) {
   like.scalar_type() == ScalarType::Double ? launch<double>(x, backward, device) : launch<float>(x, backward, device);
 }
 
-View view(const Tensor& t) {
-  const auto stride = [&](int64_t dim) { return t.size(dim) == 1 ? 0 : t.stride(dim); };
-  auto* data = static_cast<unsigned char*>(const_cast<void*>(t.const_data_ptr()));  // what is written to was made here
-  return {data, storage(t), stride(0), stride(1), t.stride(2), t.dim() == 4 ? t.stride(3) : 1};
-}
-
-// [B, H, n, d] in the memory of [B, n, H, d]: joining the heads of a result copies nothing.
-Tensor empty_heads(const Tensor& like, int64_t B, int64_t H, int64_t n, int64_t d, std::optional<ScalarType> type = std::nullopt) {
-  return torch::stable::transpose(torch::stable::new_empty(like, {B, n, H, d}, type), 1, 2);
-}
-
 AttentionBatch arguments(const Tensor& q, const Tensor& k, const Tensor& v, const Optional& bias, const Optional& seed, double scale,
                          int64_t drop_below, int64_t cut_below, double rescale) {
   AttentionBatch x{};
-  x.B = k.size(0), x.H = k.size(1), x.n = q.size(2), x.m = k.size(2), x.d = q.size(3);
-  x.q = view(q), x.k = view(k), x.v = view(v);
-  if (bias) x.bias = view(*bias);
-  x.scale = scale, x.rescale = rescale;
-  x.masked = seed && (drop_below > 0 || cut_below > 0);
+  describe(x, q, k, v, bias, seed, scale, drop_below, cut_below, rescale);
   if (x.masked) x.seed_at = static_cast<const int64_t*>(seed->const_data_ptr());
-  x.drop_below = static_cast<uint32_t>(drop_below), x.cut_below = static_cast<uint32_t>(cut_below);
   return x;
 }
 
@@ -133,19 +110,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> lcd_attention_bwd(
     const Optional& seed, double scale, int64_t drop_below, int64_t cut_below, double rescale, bool bias_grad) {
   const torch::stable::accelerator::DeviceGuard guard(q.get_device_index());
   AttentionBatch x = arguments(q, k, v, bias, seed, scale, drop_below, cut_below, rescale);
-  const bool over_batch = bias_grad && bias->size(0) != x.B, over_heads = bias_grad && bias->size(1) != x.H;
-  x.add_dq = q.size(0) != x.B, x.add_dbias = over_batch || over_heads, x.dbias_over_batch = over_batch;
-  const int64_t entries = (x.add_dbias ? x.n * x.m : 0) + (x.add_dq ? x.n * x.d : 0);
-  const int64_t parts = std::max<int64_t>(1, std::min(kMostParts, kMostSums / std::max<int64_t>(entries, 1)));
-  const bool any_over_batch = x.add_dq || over_batch;
-  x.h_parts = over_heads && (any_over_batch ? x.H : x.B * x.H) > parts ? 1 : x.H;
-  x.b_parts = any_over_batch ? std::min(x.B, std::max<int64_t>(1, parts / x.h_parts)) : x.B;
+  part_sums(x, q, bias, bias_grad, kMostParts, kMostSums);
 
   Tensor dk = empty_heads(k, x.B, x.H, x.m, x.d), dv = empty_heads(v, x.B, x.H, x.m, x.d);
   Tensor dq = empty_heads(q, x.add_dq ? x.b_parts : x.B, x.H, x.n, x.d, x.add_dq ? compute_type(q) : q.scalar_type());
   Tensor dbias = torch::stable::new_empty(q, {0});
   if (bias_grad)
-    dbias = torch::stable::new_empty(q, {over_batch ? x.b_parts : x.B, x.add_dbias ? x.h_parts : x.H, x.n, x.m},
+    dbias = torch::stable::new_empty(q, {x.dbias_over_batch ? x.b_parts : x.B, x.add_dbias ? x.h_parts : x.H, x.n, x.m},
                                      x.add_dbias ? compute_type(q) : q.scalar_type());
   x.grad_out = view(grad_out), x.lse = view(lse);
   x.dq = view(dq), x.dk = view(dk), x.dv = view(dv);
