@@ -56,6 +56,17 @@ STABLE_TORCH_LIBRARY(helo_fast_cpu, m) {
   m.def(
       "residual_norm_bwd(Tensor grad_out, Tensor x, Tensor y, Tensor weight, Tensor mean, Tensor rstd, Tensor? seed, int cut_below, "
       "float rescale) -> (Tensor dx, Tensor dy, Tensor dweight, Tensor dbias)");
+  m.def(
+      "transformer_layer_fwd(Tensor x, Tensor? beside, Tensor wq, Tensor wk, Tensor wv, Tensor norm1_weight, Tensor norm1_bias, Tensor w1, Tensor b1, "
+      "Tensor w2, Tensor b2, Tensor norm2_weight, Tensor norm2_bias, Tensor? attention_seed, Tensor? dropout_seed, int H, float scale, "
+      "float eps1, float eps2, int drop_below, int cut_below, float rescale) -> (Tensor out, Tensor projected, Tensor attended, "
+      "Tensor lse, Tensor between, Tensor mean1, Tensor rstd1, Tensor inner, Tensor returned, Tensor mean2, Tensor rstd2)");
+  m.def(
+      "transformer_layer_bwd(Tensor grad_out, Tensor x, Tensor? beside, Tensor wq, Tensor wk, Tensor wv, Tensor norm1_weight, Tensor w1, Tensor w2, "
+      "Tensor norm2_weight, Tensor projected, Tensor attended, Tensor lse, Tensor between, Tensor mean1, Tensor rstd1, Tensor inner, "
+      "Tensor returned, Tensor mean2, Tensor rstd2, Tensor? attention_seed, Tensor? dropout_seed, int H, float scale, int drop_below, "
+      "int cut_below, float rescale) -> (Tensor dx, Tensor d_beside, Tensor dwq, Tensor dwk, Tensor dwv, Tensor dnorm1_weight, Tensor dnorm1_bias, "
+      "Tensor dw1, Tensor db1, Tensor dw2, Tensor db2, Tensor dnorm2_weight, Tensor dnorm2_bias)");
   m.def("cpu_capability() -> str");
 }
 

@@ -13,7 +13,10 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 BUILD = ROOT / "build" / "sanitize"
 FLAGS = "-fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer -g1"
-FILES = (("test_sinkhorn*.py",), ("test_gromov*.py", "test_attention*.py", "test_residual_norm.py"))  # about as long to run
+FILES = (
+    ("test_sinkhorn*.py",),
+    ("test_gromov*.py", "test_attention*.py", "test_residual_norm.py", "test_transformer.py"),
+)  # about as long to run
 SHARED = os.environ.get("HELO_FAST_SHARED") or str(ROOT.parent / "shared")
 # left out for their time: each repeats thousands of times what others run too
 SELECTION = "cpp and not gradcheck and not oracle and not epsilon_of_1e_4 and not limit"

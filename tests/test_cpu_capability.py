@@ -14,7 +14,14 @@ import pytest
 from helo_fast import _native
 
 SETS = ("baseline", "avx2", "avx512")
-FILES = ("test_sinkhorn.py", "test_sinkhorn_gradient_values.py", "test_gromov.py", "test_gromov_kernels.py", "test_attention_kernels.py")
+FILES = (
+    "test_sinkhorn.py",
+    "test_sinkhorn_gradient_values.py",
+    "test_gromov.py",
+    "test_gromov_kernels.py",
+    "test_attention_kernels.py",
+    "test_transformer.py",
+)
 
 
 def run(*arguments, capability):

@@ -32,6 +32,8 @@
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
+const AttentionKernel& float_attention() { return pick(baseline::attention<float>, avx2::attention<float>, avx512::attention<float>); }
+
 namespace {
 
 constexpr int64_t kMostTasks = 64;                // that add to one gradient
@@ -39,7 +41,7 @@ constexpr int64_t kMostPartials = int64_t(1) << 24;  // entries of their sums to
 
 const AttentionKernel& kernel(const Tensor& t) {
   return t.scalar_type() == ScalarType::Double ? pick(baseline::attention<double>, avx2::attention<double>, avx512::attention<double>)
-                                               : pick(baseline::attention<float>, avx2::attention<float>, avx512::attention<float>);
+                                               : float_attention();
 }
 
 AttentionArguments arguments(const Tensor& q, const Tensor& k, const Tensor& v, const std::optional<Tensor>& bias,

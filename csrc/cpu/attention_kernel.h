@@ -10,7 +10,7 @@
 // maximum and sum, and no product reads it.
 #include "simd.h"
 // and on it
-#include "attention_product.h"
+#include "products.h"
 #include "philox.h"
 #include "storage.h"
 // and on that
@@ -20,22 +20,6 @@ namespace {
 namespace HELO_FAST_SET {
 
 constexpr double kDropped = -999999995904.0;  // DROPPED of helo_fast/ops/attention/reference.py, whose rules these are
-
-// A vector's lanes as unsigned integers: of their own width, and as many of 32 bits.
-template <int bytes>
-struct Unsigned;
-template <>
-struct Unsigned<4> {
-  using type = uint32_t;
-  typedef uint32_t full __attribute__((vector_size(HELO_FAST_VECTOR_BYTES)));
-  using narrow = full;
-};
-template <>
-struct Unsigned<8> {
-  using type = uint64_t;
-  typedef uint64_t full __attribute__((vector_size(HELO_FAST_VECTOR_BYTES)));
-  typedef uint32_t narrow __attribute__((vector_size(HELO_FAST_VECTOR_BYTES / 2)));
-};
 
 template <typename scalar>
 class Attention {
@@ -189,7 +173,7 @@ class Attention {
 
   // The random words of the tile, and the bias.
   Matrix<scalar> prepare_logits(int64_t b, int64_t h, int64_t i0, int64_t j0) {
-    if (x_.masked) philox(x_.seed, uint64_t(b * x_.H + h), block_, j0 / 4, row_, i0, rows_ * blocks_, random_);
+    if (x_.masked) philox(x_.seed, uint64_t(x_.first_problem + b * x_.H + h), block_, j0 / 4, row_, i0, rows_ * blocks_, random_);
     if (x_.bias.data == nullptr) return {nullptr, 0};
     View from = x_.bias;
     from.data += j0 * from.column * stored_bytes(from.storage);

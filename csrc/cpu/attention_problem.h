@@ -17,6 +17,7 @@ struct AttentionArguments {
   double scale, rescale;     // rescale: of the weights that dropout keeps
   bool masked;
   uint64_t seed;
+  int64_t first_problem;           // Philox's, of the first head
   uint32_t drop_below, cut_below;  // T(dropkey_p), T(dropout_p)
 };
 
@@ -37,3 +38,6 @@ struct AttentionKernel {
   void (*sum)(const AttentionSums&, int64_t begin, int64_t end);                               // entries of total
   int64_t (*scratch_bytes)(int64_t n, int64_t d);
 };
+
+// Of float32 and halves on the CPU, for transformer_layer too.
+const AttentionKernel& float_attention();

@@ -10,6 +10,22 @@ using Lanes64 = Vectors<double>::unsigned_words;
 typedef uint32_t Lanes32 __attribute__((vector_size(HELO_FAST_VECTOR_BYTES / 2)));
 constexpr int64_t kPhiloxCalls = HELO_FAST_VECTOR_BYTES / 8;  // at once; arrays are read and written in whole vectors
 
+// A vector's lanes as unsigned integers: of their own width, and as many of 32 bits.
+template <int bytes>
+struct Unsigned;
+template <>
+struct Unsigned<4> {
+  using type = uint32_t;
+  typedef uint32_t full __attribute__((vector_size(HELO_FAST_VECTOR_BYTES)));
+  using narrow = full;
+};
+template <>
+struct Unsigned<8> {
+  using type = uint64_t;
+  typedef uint64_t full __attribute__((vector_size(HELO_FAST_VECTOR_BYTES)));
+  typedef uint32_t narrow __attribute__((vector_size(HELO_FAST_VECTOR_BYTES / 2)));
+};
+
 // words[4 c + w] = word w of call c, for calls [0, count) whose counter is (block0 + block[c], row0 + row[c], problem).
 inline void philox(uint64_t seed, uint64_t problem, const uint32_t* block, int64_t block0, const uint32_t* row, int64_t row0,
                    int64_t count, uint32_t* words) {

@@ -19,6 +19,7 @@
 #include "capability.h"
 #include "problems.h"
 #include "residual_norm_problem.h"
+#include "residual_norm_tensors.h"
 #include "tensors.h"
 
 #define HELO_FAST_KERNEL "residual_norm_kernel.h"
@@ -27,30 +28,18 @@
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
+const ResidualNormKernel& float_residual_norm() {
+  return pick(baseline::residual_norm<float>, avx2::residual_norm<float>, avx512::residual_norm<float>);
+}
+
 namespace {
 
 constexpr int64_t kMostSlices = 64;
 
-// Rows, however many dimensions they stand in.
-View rows(const Tensor& t, int64_t width) {
-  return {static_cast<unsigned char*>(const_cast<void*>(t.const_data_ptr())), storage(t), 0, 0, width, 1};
-}
-
 const ResidualNormKernel& kernel(const Tensor& t) {
   return t.scalar_type() == ScalarType::Double
              ? pick(baseline::residual_norm<double>, avx2::residual_norm<double>, avx512::residual_norm<double>)
-             : pick(baseline::residual_norm<float>, avx2::residual_norm<float>, avx512::residual_norm<float>);
-}
-
-ResidualNormArguments arguments(const Tensor& x, const Tensor& y, const Tensor& weight, const std::optional<Tensor>& seed,
-                                int64_t cut_below, double rescale) {
-  ResidualNormArguments a{};
-  a.width = weight.size(0), a.rows = x.numel() / a.width;
-  a.x = rows(x, a.width), a.y = rows(y, a.width), a.weight = rows(weight, a.width);
-  a.masked = seed && cut_below > 0;
-  if (a.masked) a.seed = static_cast<uint64_t>(*static_cast<const int64_t*>(seed->const_data_ptr()));
-  a.cut_below = static_cast<uint32_t>(cut_below), a.rescale = rescale;
-  return a;
+             : float_residual_norm();
 }
 
 // Every tensor is contiguous.
@@ -59,7 +48,7 @@ std::tuple<Tensor, Tensor, Tensor> residual_norm_fwd(
     const Tensor& weight, const Tensor& bias,   // [D]
     const std::optional<Tensor>& seed,          // int64, one element
     double eps, int64_t cut_below, double rescale) {
-  ResidualNormArguments a = arguments(x, y, weight, seed, cut_below, rescale);
+  ResidualNormArguments a = norm_arguments(x, y, weight, seed, cut_below, rescale);
   Tensor out = torch::stable::new_empty(x, x.sizes());
   Tensor mean = torch::stable::new_empty(x, {a.rows}, compute_type(x)), rstd = torch::stable::new_empty(x, {a.rows}, compute_type(x));
   a.bias = rows(bias, a.width), a.out = rows(out, a.width), a.eps = eps;
@@ -74,7 +63,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> residual_norm_bwd(
     const Tensor& grad_out, const Tensor& x, const Tensor& y, const Tensor& weight,
     const Tensor& mean, const Tensor& rstd,  // [rows]
     const std::optional<Tensor>& seed, int64_t cut_below, double rescale) {
-  ResidualNormArguments a = arguments(x, y, weight, seed, cut_below, rescale);
+  ResidualNormArguments a = norm_arguments(x, y, weight, seed, cut_below, rescale);
   Tensor dx = torch::stable::new_empty(x, x.sizes());
   Tensor dy = a.masked ? torch::stable::new_empty(y, y.sizes()) : torch::stable::new_empty(y, {0});
   Tensor dweight = torch::stable::new_empty(weight, {a.width}), dbias = torch::stable::new_empty(weight, {a.width});

@@ -17,15 +17,17 @@ template <typename scalar>
 class ResidualNorm {
  public:
   using full = typename Vectors<scalar>::full;
+  using word = typename Unsigned<sizeof(scalar)>::type;
+  using words = typename Unsigned<sizeof(scalar)>::full;
   static constexpr int64_t lanes = Vectors<scalar>::lanes;
 
   ResidualNorm(const ResidualNormArguments& x, unsigned char* scratch) : x_(x), scratch_(scratch), width_(padded(x.width)) {
-    for (scalar** p : {&weight_, &bias_, &s_, &keep_, &y_, &result_}) *p = reserve<scalar>(width_);
+    for (scalar** p : {&weight_, &bias_, &s_, &y_, &go_, &result_}) *p = reserve<scalar>(width_);
     for (uint32_t** p : {&block_, &zero_}) *p = reserve<uint32_t>(width_ / 4 + kPhiloxCalls);
     random_ = reserve<uint32_t>(width_ + 4 * kPhiloxCalls);
     inside_ = reserve<scalar>(width_);
     for (int64_t c = 0; c < width_ / 4 + kPhiloxCalls; ++c) block_[c] = uint32_t(c), zero_[c] = 0;
-    for (int64_t j = 0; j < width_; ++j) inside_[j] = j < x.width, keep_[j] = 1;
+    for (int64_t j = 0; j < width_; ++j) inside_[j] = j < x.width;
     weight_ = const_cast<scalar*>(take(x.weight, 0, 0, 0, 1, x.width, width_, weight_).data);
     if (x.bias.data != nullptr) bias_ = const_cast<scalar*>(take(x.bias, 0, 0, 0, 1, x.width, width_, bias_).data);
   }
@@ -37,31 +39,38 @@ class ResidualNorm {
   }
 
   void forward(int64_t row) {
-    add(row);
+    const Matrix<scalar> x = take(x_.x, 0, 0, row, 1, x_.width, width_, s_), y = take(x_.y, 0, 0, row, 1, x_.width, width_, y_);
+    draw(row);
     full total = {}, square = {};
-    for (int64_t j = 0; j < width_; j += lanes) total += load<full>(s_ + j);
+    for (int64_t j = 0; j < width_; j += lanes) {
+      const full s = load<full>(x.data + j) + kept(load<full>(y.data + j), j);
+      store(s_ + j, s);
+      total += s;
+    }
     const scalar mean = sum_of<scalar>(total) / scalar(x_.width);
     for (int64_t j = 0; j < width_; j += lanes) {
       const full centred = (load<full>(s_ + j) - mean) * load<full>(inside_ + j);
-      store(s_ + j, centred);
       square += centred * centred;
     }
     const scalar rstd = scalar(1) / std::sqrt(sum_of<scalar>(square) / scalar(x_.width) + scalar(x_.eps));
+    scalar* out = place(x_.out, row);
     for (int64_t j = 0; j < width_; j += lanes)
-      store(s_ + j, load<full>(s_ + j) * rstd * load<full>(weight_ + j) + load<full>(bias_ + j));
+      store(out + j, (load<full>(s_ + j) - mean) * rstd * load<full>(weight_ + j) + load<full>(bias_ + j));
     reinterpret_cast<scalar*>(x_.mean)[row] = mean;
     reinterpret_cast<scalar*>(x_.rstd)[row] = rstd;
-    put(s_, width_, x_.out, 0, 0, row, 1, x_.width, false);
+    finish(out, x_.out, row);
   }
 
   // parts: sums of do h and of do.
   void backward(int64_t row, scalar* parts) {
-    add(row);
+    const Matrix<scalar> x = take(x_.x, 0, 0, row, 1, x_.width, width_, s_), y = take(x_.y, 0, 0, row, 1, x_.width, width_, y_);
+    draw(row);
     const scalar mean = reinterpret_cast<const scalar*>(x_.mean)[row], rstd = reinterpret_cast<const scalar*>(x_.rstd)[row];
-    const scalar* go = take(x_.grad_out, 0, 0, row, 1, x_.width, width_, y_).data;
+    const scalar* go = take(x_.grad_out, 0, 0, row, 1, x_.width, width_, go_).data;
     full total = {}, along = {};
     for (int64_t j = 0; j < width_; j += lanes) {
-      const full h = (load<full>(s_ + j) - mean) * rstd, g = load<full>(go + j), dh = g * load<full>(weight_ + j);
+      const full h = (load<full>(x.data + j) + kept(load<full>(y.data + j), j) - mean) * rstd;
+      const full g = load<full>(go + j), dh = g * load<full>(weight_ + j);
       store(s_ + j, h);
       total += dh;
       along += dh * h;
@@ -69,22 +78,26 @@ class ResidualNorm {
       store(parts + width_ + j, load<full>(parts + width_ + j) + g);
     }
     const scalar shift = sum_of<scalar>(total) / scalar(x_.width), slope = sum_of<scalar>(along) / scalar(x_.width);
-    for (int64_t j = 0; j < width_; j += lanes)
-      store(result_ + j, (load<full>(go + j) * load<full>(weight_ + j) - shift - load<full>(s_ + j) * slope) * rstd);
-    put(result_, width_, x_.dx, 0, 0, row, 1, x_.width, false);
-    if (x_.dy.data == nullptr) return;
-    for (int64_t j = 0; j < width_; j += lanes) store(result_ + j, load<full>(result_ + j) * load<full>(keep_ + j));
-    put(result_, width_, x_.dy, 0, 0, row, 1, x_.width, false);
+    scalar *dx = place(x_.dx, row), *dy = x_.dy.data == nullptr ? nullptr : place(x_.dy, row, y_);
+    for (int64_t j = 0; j < width_; j += lanes) {
+      const full d = (load<full>(go + j) * load<full>(weight_ + j) - shift - load<full>(s_ + j) * slope) * rstd;
+      store(dx + j, d);
+      if (dy != nullptr) store(dy + j, kept(d, j));
+    }
+    finish(dx, x_.dx, row);
+    if (dy != nullptr) finish(dy, x_.dy, row);
   }
 
-  // dweight and dbias: the slices' parts, in their order.
+  // dweight and dbias: the slices' parts, in their order, by eight sums, which round less than one.
   void sum() {
     const scalar* parts = reinterpret_cast<const scalar*>(x_.parts);
     for (const auto& [first, to] : {std::pair(int64_t(0), &x_.dweight), std::pair(width_, &x_.dbias)}) {
       for (int64_t j = 0; j < width_; j += lanes) {
-        full total = {};
-        for (int64_t slice = 0; slice < x_.slices; ++slice) total += load<full>(parts + slice * 2 * width_ + first + j);
-        store(result_ + j, total);
+        full sums[8] = {};
+        for (int64_t slice = 0; slice < x_.slices; ++slice) sums[slice % 8] += load<full>(parts + slice * 2 * width_ + first + j);
+        for (int64_t apart = 4; apart > 0; apart /= 2)
+          for (int64_t s = 0; s < apart; ++s) sums[s] += sums[s + apart];
+        store(result_ + j, sums[0]);
       }
       put(result_, width_, *to, 0, 0, int64_t(0), 1, x_.width, false);
     }
@@ -100,23 +113,34 @@ class ResidualNorm {
     return p;
   }
 
-  // s and keep * rescale of a row.
-  void add(int64_t row) {
-    if (x_.masked) {
-      philox(x_.seed, uint64_t(row) >> 32, block_, 0, zero_, row, width_ / 4, random_);
-      const uint32_t below = x_.cut_below;
-      const scalar rescale = scalar(x_.rescale);
-      for (int64_t j = 0; j < width_; ++j) keep_[j] = (random_[j] >> 16) < below ? scalar(0) : rescale;
-    }
-    const scalar* x = take(x_.x, 0, 0, row, 1, x_.width, width_, s_).data;
-    const scalar* y = take(x_.y, 0, 0, row, 1, x_.width, width_, y_).data;
-    for (int64_t j = 0; j < width_; j += lanes) store(s_ + j, load<full>(x + j) + load<full>(y + j) * load<full>(keep_ + j));
+  // The random words of a row.
+  void draw(int64_t row) {
+    if (!x_.masked) return;
+    const int64_t drawn = x_.first_row + row;
+    philox(x_.seed, uint64_t(drawn) >> 32, block_, 0, zero_, drawn, width_ / 4, random_);
+  }
+
+  // Vector j of a row of y, or of its gradient, after dropout.
+  HELO_FAST_INLINE full kept(full y, int64_t j) const {
+    if (!x_.masked) return y;
+    const auto random = __builtin_convertvector(load<typename Unsigned<sizeof(scalar)>::narrow>(random_ + j), words);
+    return y * (random < words{} + (word(x_.cut_below) << 16) ? full{} : full{} + scalar(x_.rescale));
+  }
+
+  // Where a row of a result is computed: where it will lie, if whole vectors can be written there, else in a buffer, which finish copies.
+  scalar* place(const View& x, int64_t row, scalar* buffer) const {
+    const bool stored = x.storage == (sizeof(scalar) == 8 ? Storage::float64 : Storage::float32);
+    return stored && x_.width == width_ ? reinterpret_cast<scalar*>(x.data) + offset(x, 0, 0, row) : buffer;
+  }
+  scalar* place(const View& x, int64_t row) const { return place(x, row, result_); }
+  void finish(const scalar* computed, const View& x, int64_t row) {
+    if (computed == result_ || computed == y_) put(computed, width_, x, 0, 0, row, 1, x_.width, false);
   }
 
   const ResidualNormArguments& x_;
   unsigned char* scratch_;
   int64_t width_;                                            // padded
-  scalar *weight_, *bias_, *s_, *keep_, *y_, *result_, *inside_;  // [width]; inside_ is 1 in columns, 0 in the padding
+  scalar *weight_, *bias_, *s_, *y_, *go_, *result_, *inside_;  // [width]; inside_ is 1 in columns, 0 in the padding
   uint32_t *block_, *zero_, *random_;                        // of the calls of Philox
 };
 

@@ -16,6 +16,7 @@ struct ResidualNormArguments {
   double eps, rescale;   // rescale: of the entries that dropout keeps
   bool masked;
   uint64_t seed;
+  int64_t first_row;   // Philox's, of the first row
   uint32_t cut_below;  // T(dropout_p)
 };
 
@@ -26,3 +27,6 @@ struct ResidualNormKernel {
   int64_t (*scratch_bytes)(int64_t width);
   int64_t (*padded)(int64_t width);
 };
+
+// Of float32 and halves, for transformer_layer too.
+const ResidualNormKernel& float_residual_norm();

@@ -227,12 +227,11 @@ class HeLo(nn.Module):
         batch, n, width = carried.shape
         if any(rates(self.config, self.training)) and draws_with_torch(self.config.rng, carried):
             return torch.cat([self._layers(carried), self._layers(behavioral)], 1)  # in the released order
-        both = torch.cat([carried, behavioral], 1)
-        return self._layers(both.view(2 * batch, n, width)).view(batch, 2 * n, width)
+        return self._layers(carried, behavioral).view(batch, 2 * n, width)
 
-    def _layers(self, tokens: Tensor) -> Tensor:
+    def _layers(self, tokens: Tensor, beside: Tensor | None = None) -> Tensor:
         for layer in self.transformer_layer:
-            tokens = layer(tokens)
+            tokens, beside = layer(tokens, beside), None
         return tokens
 
     def _embedding(self, eeg: Tensor, given: Tensor | None) -> Tensor:

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import _registry
+from ..ops import transformer
 from ..ops.attention import reference as attention_reference
 from ..ops.attention.api import lcd_attention
 from ..ops.gromov.api import gromov_from_tokens
@@ -164,15 +165,40 @@ class FeedForward(nn.Module):
 
 
 class TransformerLayer(nn.Module):
-    """Self-attention, then feed-forward."""
+    """Self-attention, then feed-forward; in one piece where that is offered."""
 
     def __init__(self, config: HeLoConfig):
         super().__init__()
         self.attention = MultiHeadAttention(config, config.heads)
         self.feed_forward = FeedForward(config)
 
-    def forward(self, x: Tensor) -> Tensor:  # [B, n, D] -> [B, n, D]
-        return self.feed_forward(self.attention(x, x))
+    def forward(
+        self,
+        x: Tensor,  # [B, n, D]
+        beside: Tensor | None = None,  # like x: a second set of tokens for each sample
+    ) -> Tensor:  # [B, n, D], or [2 B, n, D]: of each sample both sets
+        attention, feed_forward = self.attention, self.feed_forward
+        parameters = self._parameters_in_order()
+        if transformer.serves(x, attention.heads, *parameters):
+            dropkey, dropout = rates(attention.config, self.training)
+            if dropkey or dropout:
+                draws_with_torch(attention.config.rng, x)  # raises where masks are to be torch's
+            eps = attention.layer_norm.eps, feed_forward.layer_norm.eps
+            options = {"heads": attention.heads, "dropkey_p": dropkey, "dropout_p": dropout, "eps": eps}
+            return transformer.transformer_layer(x, beside, *parameters, **options)
+        if beside is not None:
+            x = torch.cat([x, beside], 1).view(2 * len(x), *x.shape[1:])
+        return feed_forward(attention(x, x))
+
+    def _parameters_in_order(self) -> tuple[Tensor, ...]:
+        attention, feed_forward = self.attention, self.feed_forward
+        projections = (attention.linear_q.weight, attention.linear_k.weight, attention.linear_v.weight)
+        maps = (
+            t
+            for each in (attention.layer_norm, feed_forward.w1, feed_forward.w2, feed_forward.layer_norm)
+            for t in (each.weight, each.bias)
+        )
+        return *projections, *maps
 
 
 def gram(x: Tensor, dim: int) -> Tensor:
@@ -184,7 +210,11 @@ def gram(x: Tensor, dim: int) -> Tensor:
 
 def _to_unit_norm(x: Tensor, dim: int) -> Tensor:
     """F.normalize(x, dim=dim, eps=NORM_FLOOR), whose norm is slow on a CPU."""
-    return x / x.square().sum(dim, keepdim=True).clamp(min=NORM_FLOOR**2).sqrt()
+    return x / _norm(x, dim)
+
+
+def _norm(x: Tensor, dim: int) -> Tensor:
+    return x.square().sum(dim, keepdim=True).clamp(min=NORM_FLOOR**2).sqrt()
 
 
 def transport_plan(config: HeLoConfig, x: Tensor, y: Tensor) -> Tensor:
@@ -208,8 +238,8 @@ def transport_plan(config: HeLoConfig, x: Tensor, y: Tensor) -> Tensor:
 def _cosine_cost(x: Tensor, y: Tensor) -> Tensor:
     """1 - cos(x_i, y_j), [B, n, m], at least in float32."""
     with torch.autocast(x.device.type, enabled=False):
-        x, y = (_to_unit_norm(t if t.dtype == torch.float64 else t.float(), -1) for t in (x, y))
-        return 1 - x @ y.mT
+        x, y = (t if t.dtype == torch.float64 else t.float() for t in (x, y))
+        return 1 - x @ y.mT / (_norm(x, -1) * _norm(y, -1).mT)
 
 
 def transport(plan: Tensor, x: Tensor, transport_map: str) -> Tensor:

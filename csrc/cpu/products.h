@@ -1,4 +1,4 @@
-// The matrix products of attention, of tens of rows and columns, for one instruction set (see each_set.h); on simd.h.
+// Matrix products of operands that lie in the cache, and sums of rows, for one instruction set (see each_set.h); on simd.h.
 //
 // A tile of up to 8 x 3 vectors of the result (4 x 3 where there are 16 registers) stays in registers while the depth passes by: a
 // step loads a row of vectors of b and broadcasts a column of a. The last vector may be a half, where a half is cheaper.
@@ -72,16 +72,14 @@ void product_panel(const ProductArguments<scalar>& x, int64_t rows) {
 }
 
 // out [rows, columns] = (or, with add, +=) a b, with a [rows, depth], or its transpose [depth, rows], and b [depth, columns]; then
-// each row times its factor. Columns are rounded up to Tail's unit. Sums are of sums of kDepth products, where there are more than
-// kChain: a single chain would round worse than other libraries do.
-constexpr int64_t kDepth = 32, kChain = 48;
-
-template <bool transposed, typename scalar>
+// each row times its factor. Columns are rounded up to Tail's unit. Sums are of sums of `chain` products, where there are more than half
+// again as many: a single chain would round worse than other libraries do.
+template <bool transposed, int64_t chain = 32, typename scalar>
 void product(const scalar* a, int64_t a_stride, const scalar* b, int64_t b_stride, int64_t rows, int64_t depth, int64_t columns,
              scalar* out, int64_t out_stride, bool add = false, const scalar* factors = nullptr) {
   using T = Tail<scalar>;
   constexpr int64_t lanes = Vectors<scalar>::lanes, most = 3;
-  const int64_t at_once = depth > kChain ? kDepth : depth;
+  const int64_t at_once = depth > chain + chain / 2 ? chain : depth;
   for (int64_t left = T::padded(columns), width; left > 0; left -= width, b += width, out += width) {
     const int64_t vectors = (left + lanes - 1) / lanes, groups = (vectors + most - 1) / most, here = (vectors + groups - 1) / groups;
     width = here * lanes < left ? here * lanes : left;
@@ -99,6 +97,20 @@ void product(const scalar* a, int64_t a_stride, const scalar* b, int64_t b_strid
              add || k > 0, last ? factors : nullptr},
             rows);
     }
+  }
+}
+
+// to [columns] = (or, with add, +=) the sum of the rows of from; by eight sums, which round less than one. columns is a whole number of
+// vectors.
+template <typename scalar>
+void sum_rows(const scalar* from, int64_t columns, int64_t rows, scalar* to, bool add) {
+  using full = typename Vectors<scalar>::full;
+  for (int64_t j = 0; j < columns; j += Vectors<scalar>::lanes) {
+    full sums[8] = {};
+    for (int64_t i = 0; i < rows; ++i) sums[i % 8] += load<full>(from + i * columns + j);
+    for (int64_t apart = 4; apart > 0; apart /= 2)
+      for (int64_t s = 0; s < apart; ++s) sums[s] += sums[s + apart];
+    store(to + j, add ? load<full>(to + j) + sums[0] : sums[0]);
   }
 }
 
