@@ -4,18 +4,20 @@
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
 
 #include <algorithm>
 #include <cmath>
+#include <cstddef>
 #include <cstdint>
 #include <cstring>
-#include <initializer_list>
 #include <optional>
 #include <tuple>
 #include <utility>
 
 #include "attention_tensors.h"
 #include "capability.h"
+#include "outputs.h"
 #include "problems.h"
 #include "residual_norm_tensors.h"
 #include "transformer_problem.h"
@@ -29,6 +31,11 @@ namespace {
 
 constexpr int64_t kRows = 144;     // of a chunk, about: its part of all tensors stays in a second-level cache of 1 to 2 MiB
 constexpr int64_t kMostTasks = 16;  // each with sums of its own for the gradients of the weights
+
+template <std::size_t dims>
+Tensor fresh(const int64_t (&sizes)[dims]) {
+  return empty(torch::headeronly::ScalarType::Float, sizes);
+}
 
 float* floats(const Tensor& t) { return static_cast<float*>(const_cast<void*>(t.const_data_ptr())); }
 
@@ -104,10 +111,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tenso
     const std::optional<Tensor>& attention_seed, const std::optional<Tensor>& dropout_seed, int64_t H, double scale, double eps1,
     double eps2, int64_t drop_below, int64_t cut_below, double rescale) {
   const int64_t B = x.size(0) * (beside ? 2 : 1), n = x.size(1), D = x.size(2), F = w1.size(0);
-  const auto empty = [&](std::initializer_list<int64_t> shape) { return torch::stable::new_empty(x, shape); };
-  const Made made{empty({B, n, 3 * D}), empty({B, n, D}), empty({B, H, n}), empty({B, n, D}), empty({B * n}),
-                  empty({B * n}),       empty({B, n, F}), empty({B, n, D}), empty({B * n}),   empty({B * n})};
-  const Tensor out = empty({B, n, D});
+  const Made made{fresh({B, n, 3 * D}), fresh({B, n, D}), fresh({B, H, n}), fresh({B, n, D}), fresh({B * n}),
+                  fresh({B * n}),       fresh({B, n, F}), fresh({B, n, D}), fresh({B * n}),   fresh({B * n})};
+  const Tensor out = fresh({B, n, D});
   const Options options{attention_seed, dropout_seed, H, scale, drop_below, cut_below, rescale};
   TransformerArguments a = arguments(x, beside, w1, norm1_weight, norm2_weight, made, options);
   a.first_norm.bias = rows(norm1_bias, D), a.first_norm.out = rows(made.between, D), a.first_norm.eps = eps1;
@@ -137,7 +143,6 @@ transformer_layer_bwd(const Tensor& grad_out, const Tensor& x, const std::option
                       const Tensor& rstd1, const Tensor& inner, const Tensor& returned, const Tensor& mean2, const Tensor& rstd2,
                       const std::optional<Tensor>& attention_seed, const std::optional<Tensor>& dropout_seed, int64_t H, double scale,
                       int64_t drop_below, int64_t cut_below, double rescale) {
-  using torch::stable::new_empty;
   const Made made{projected, attended, lse, between, mean1, rstd1, inner, returned, mean2, rstd2};
   const Options options{attention_seed, dropout_seed, H, scale, drop_below, cut_below, rescale};
   TransformerArguments a = arguments(x, beside, w1, norm1_weight, norm2_weight, made, options);
@@ -146,15 +151,15 @@ transformer_layer_bwd(const Tensor& grad_out, const Tensor& x, const std::option
   const Scratch projections = take_scratch(3 * D * D * int64_t(sizeof(float)));
   stack(wq, wk, wv, reinterpret_cast<float*>(projections.get()));
   a.projections = reinterpret_cast<float*>(projections.get()), a.w1 = floats(w1), a.w2 = floats(w2);
-  Tensor dx = new_empty(x, x.sizes()), d_beside = beside ? new_empty(x, x.sizes()) : new_empty(x, {0});
+  const int64_t each = a.batch / a.sets;
+  Tensor dx = fresh({each, a.tokens, D}), d_beside = beside ? fresh({each, a.tokens, D}) : fresh({0});
   a.dx[0] = floats(dx), a.dx[1] = floats(d_beside);
   a.attention.grad_out = heads(nullptr, a.tokens, D, a.attention.d);
   for (View* view : {&a.attention.dq, &a.attention.dk, &a.attention.dv}) *view = heads(nullptr, a.tokens, 3 * D, a.attention.d);
 
   const TransformerPart part(D, F);
   a.tasks = std::min(kMostTasks, chunks(a));
-  const Tensor parts = new_empty(x, {a.tasks, part.size()});
-  const Tensor norm_parts = new_empty(x, {2, chunks(a) * kNormSlices, 2, a.normalise->padded(D)});
+  const Tensor parts = fresh({a.tasks, part.size()}), norm_parts = fresh({2, chunks(a) * kNormSlices, 2, a.normalise->padded(D)});
   a.parts = floats(parts);
   a.last_norm.grad_out = rows(grad_out, D);
   a.first_norm.grad_out = a.first_norm.dx = a.last_norm.dx = a.last_norm.dy = {nullptr, Storage::float32, 0, 0, D, 1};
@@ -163,19 +168,19 @@ transformer_layer_bwd(const Tensor& grad_out, const Tensor& x, const std::option
   for_each_problem(a.tasks, 2 * work(a) * a.batch / a.tasks, run.scratch_bytes(a, true),
                    [&](int64_t begin, int64_t end, unsigned char* scratch) { run.bwd(a, begin, end, scratch); });
 
-  const Tensor total = new_empty(x, {part.size()});
+  const Tensor total = fresh({part.size()});
   torch::stable::parallel_for(0, part.size(), 8192, [&](int64_t begin, int64_t end) { run.sum(a, floats(total), begin, end); });
   int64_t next = 0;
-  const auto piece = [&](std::initializer_list<int64_t> shape) {
-    Tensor gradient = new_empty(x, shape);
+  const auto piece = [&](auto... sizes) {
+    Tensor gradient = fresh({sizes...});
     std::memcpy(floats(gradient), floats(total) + next, static_cast<size_t>(gradient.numel()) * sizeof(float));
     next += gradient.numel();
     return gradient;
   };
-  Tensor dwq = piece({D, D}), dwk = piece({D, D}), dwv = piece({D, D});
-  Tensor dw1 = piece({F, D}), dw2 = piece({D, F}), db1 = piece({F}), db2 = piece({D});
+  Tensor dwq = piece(D, D), dwk = piece(D, D), dwv = piece(D, D);
+  Tensor dw1 = piece(F, D), dw2 = piece(D, F), db1 = piece(F), db2 = piece(D);
   const auto sum_norm = [&](ResidualNormArguments& norm) {
-    Tensor dweight = new_empty(x, {D}), dbias = new_empty(x, {D});
+    Tensor dweight = fresh({D}), dbias = fresh({D});
     norm.slices = chunks(a) * kNormSlices, norm.dweight = rows(dweight, D), norm.dbias = rows(dbias, D);
     a.normalise->sum(norm, take_scratch(a.normalise->scratch_bytes(D)).get());
     return std::pair(dweight, dbias);

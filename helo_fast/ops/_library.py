@@ -129,8 +129,9 @@ def call(name: str, tensors: tuple[Tensor | None, ...], *options: object) -> tup
         return getattr(torch.ops.helo_fast, name)(*tensors, *options)
     if not torch.is_grad_enabled():
         return _below_autograd(name, *tensors, *options)
-    if any(x is not None and x.requires_grad for x in tensors):
-        return _functions[name].apply(*tensors, *options)
+    for x in tensors:
+        if x is not None and x.requires_grad:
+            return _functions[name].apply(*tensors, *options)
     return _implementations[name](*tensors, *options)
 
 
