@@ -9,16 +9,19 @@ STAMP  := $(VENV)/.helo-fast-installed
 NATIVE := $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.cu csrc/*/*.h)
 
 .DEFAULT_GOAL := help
-.PHONY: help install lint test sanitize demo bench performance profile gpu-static gpu-check clean
+.PHONY: help venv install lint test sanitize demo bench performance profile gpu-static gpu-check clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
 
+venv:  ## create .venv with torch, where it is not there
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -c "import torch" 2>/dev/null || $(BIN)/python -m pip install --quiet "$(TORCH)" numpy
+
 install: $(STAMP)  ## create .venv and install the package with all extras (a torch already there is used)
 
 $(STAMP): pyproject.toml setup.py $(NATIVE)
-	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -c "import torch" 2>/dev/null || $(BIN)/python -m pip install --quiet "$(TORCH)" numpy
+	@$(MAKE) --no-print-directory venv
 	$(BIN)/python -m pip install --quiet -e ".[train,triton,dev]"
 	@# The metrics are tested against pyldl's, which need none of its dependencies (keras among them).
 	$(BIN)/python -m pip install --quiet --no-deps python-ldl==0.1.2
