@@ -4,21 +4,25 @@ TORCH  ?= torch==2.13.0
 VENV   ?= .venv
 BIN    := $(VENV)/bin
 OUT    ?= runs/demo
+SHARED ?= $(or $(HELO_FAST_SHARED),../shared)
 JOBS   ?= 2
 STAMP  := $(VENV)/.helo-fast-installed
 NATIVE := $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.cu csrc/*/*.h)
 
 .DEFAULT_GOAL := help
-.PHONY: help install lint test sanitize demo bench performance profile gpu-static gpu-check clean
+.PHONY: help venv install lint test sanitize demo bench recordings performance profile gpu-static gpu-check clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
 
+venv:  ## create .venv with torch, where it is not there
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -c "import torch" 2>/dev/null || $(BIN)/python -m pip install --quiet "$(TORCH)" numpy
+
 install: $(STAMP)  ## create .venv and install the package with all extras (a torch already there is used)
 
 $(STAMP): pyproject.toml setup.py $(NATIVE)
-	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -c "import torch" 2>/dev/null || $(BIN)/python -m pip install --quiet "$(TORCH)" numpy
+	@$(MAKE) --no-print-directory venv
 	$(BIN)/python -m pip install --quiet -e ".[train,triton,dev]"
 	@# The metrics are tested against pyldl's, which need none of its dependencies (keras among them).
 	$(BIN)/python -m pip install --quiet --no-deps python-ldl==0.1.2
@@ -43,6 +47,12 @@ bench: $(STAMP)  ## the benchmarks, and their ratios beside the targets
 	@mkdir -p .benchmarks
 	$(BIN)/pytest benchmarks --benchmark-only --benchmark-json=.benchmarks/latest.json -q $(BENCH)
 	$(BIN)/python benchmarks/ratios.py .benchmarks/latest.json
+
+recordings: $(STAMP)  ## train for a few epochs on the real recordings in SHARED (../shared), and report
+	@test -d "$(SHARED)/data/wesad" || { echo "the recordings at $(SHARED)/data/wesad are needed" >&2; exit 1; }
+	$(BIN)/helo-fast train --data wesad --data.root "$(SHARED)/data/wesad" --protocol loso --seeds 0 --epochs 3 \
+	  --out runs/recordings --overwrite --quiet
+	test -s runs/recordings/report.html && test -s runs/recordings/metrics.json
 
 performance: $(STAMP)  ## the benchmarks with the large sizes, into docs/performance.md and its plots (an idle machine, ten minutes)
 	@mkdir -p .benchmarks

@@ -36,9 +36,10 @@ def find_nvcc():
 
 
 def generate_code(architecture):
-    """nvcc's options for one of ARCHITECTURES."""
-    number = architecture.removesuffix("+PTX").replace(".", "")
-    return ["-gencode", f"arch=compute_{number},code=[sm_{number}{f',compute_{number}' if architecture.endswith('+PTX') else ''}]"]
+    """nvcc's options for one of ARCHITECTURES: "9.0" is machine code, "9.0+PTX" also PTX, "9.0-virtual" PTX alone, compiled as it loads."""
+    number = architecture.removesuffix("+PTX").removesuffix("-virtual").replace(".", "")
+    codes = [f"sm_{number}"] * (not architecture.endswith("-virtual")) + [f"compute_{number}"] * architecture.endswith(("+PTX", "-virtual"))
+    return ["-gencode", f"arch=compute_{number},code=[{','.join(codes)}]"]
 
 
 class Build(BuildExtension):

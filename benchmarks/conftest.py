@@ -13,7 +13,7 @@ _load = pytest.StashKey[object]()
 
 
 def pytest_addoption(parser):
-    parser.addoption("--seconds", type=float, default=1.5, help="for each benchmark's rounds, of which there are some in any case (1.5)")
+    parser.addoption("--seconds", type=float, default=1.5, help="for each benchmark's rounds, three at least; 0: one round (1.5)")
 
 
 def pytest_configure(config):

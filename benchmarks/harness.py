@@ -79,13 +79,15 @@ class Bench:
 
     def time(self, function: Callable[[], object], *, iterations: int = 1) -> None:
         """As many rounds as fit ``self.seconds``, between MIN_ROUNDS and MAX_ROUNDS, after a warm-up (two where it is fast); on a GPU
-        each is waited for."""
+        each is waited for. Without any seconds, one round and no warm-up: the answer was checked before, and the time is no matter."""
 
         def run() -> None:
             function()
             if self.device == "cuda":
                 torch.cuda.synchronize()
 
+        if not self.seconds:
+            return self.benchmark.pedantic(run, iterations=iterations)
         start = time.perf_counter()
         for _ in range(iterations):
             run()
