@@ -22,7 +22,7 @@ STABLE_TORCH_LIBRARY(helo_fast_cpu, m) {
       "sinkhorn_fwd(Tensor cost, Tensor? a, Tensor? b, float epsilon, int max_iter, float? tol, int check_every, "
       "float? tau_a, float? tau_b, bool keep_history) "
       "-> (Tensor plan, Tensor f, Tensor g, Tensor transport_cost, Tensor marginal_error, Tensor n_iter, Tensor converged, "
-      "Tensor history)");
+      "Tensor? history)");
   m.def(
       "gromov_wasserstein_fwd(Tensor cost_x, Tensor cost_y, Tensor a, Tensor b, Tensor? cost_xy, float alpha, str method, "
       "float epsilon, int outer_iter, int inner_iter, float? tol) "

@@ -11,7 +11,7 @@ STABLE_TORCH_LIBRARY(helo_fast_cuda, m) {
       "sinkhorn_fwd(Tensor cost, Tensor? a, Tensor? b, float epsilon, int max_iter, float? tol, int check_every, "
       "float? tau_a, float? tau_b, bool keep_history) "
       "-> (Tensor plan, Tensor f, Tensor g, Tensor transport_cost, Tensor marginal_error, Tensor n_iter, Tensor converged, "
-      "Tensor history)");
+      "Tensor? history)");
   m.def(
       "sinkhorn_implicit_bwd(Tensor cost, Tensor a, Tensor b, Tensor plan, Tensor? grad_plan, Tensor? grad_f, Tensor? grad_g, "
       "Tensor? grad_transport_cost, float epsilon, float? tau_a, float? tau_b) -> (Tensor d_cost, Tensor d_a, Tensor d_b)");

@@ -47,7 +47,7 @@ void solve_all(const SinkhornArguments<scalar>& x, int64_t batch) {
   }
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> sinkhorn_fwd(
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, std::optional<Tensor>> sinkhorn_fwd(
     const Tensor& cost,              // [B, n, m], contiguous, float32 or float64
     const std::optional<Tensor>& a,  // [B, n]; none is uniform
     const std::optional<Tensor>& b,  // [B, m]
@@ -58,7 +58,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> sinkh
   Tensor plan = empty(dtype, {batch, n, m}), f = empty(dtype, {batch, n}), g = empty(dtype, {batch, m});
   Tensor transport_cost = empty(dtype, {batch}), marginal_error = empty(dtype, {batch});
   Tensor n_iter = empty(ScalarType::Int, {batch}), converged = empty(ScalarType::Bool, {batch});
-  Tensor history = keep_history ? torch::stable::new_zeros(cost, {batch, max_iter, n + m}) : empty(dtype, {batch, 0, n + m});
+  std::optional<Tensor> history;
+  if (keep_history) history = torch::stable::new_zeros(cost, {batch, max_iter, n + m});
   const auto run = [&](auto zero) {
     using scalar = decltype(zero);
     const auto in = [](const Tensor& t) { return static_cast<const scalar*>(t.const_data_ptr()); };
@@ -66,7 +67,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> sinkh
     const std::vector<scalar> uniform_a(a ? 0 : batch * n, scalar(1.0 / n)), uniform_b(b ? 0 : batch * m, scalar(1.0 / m));
     const SinkhornArguments<scalar> x{
         in(cost), a ? in(*a) : uniform_a.data(), b ? in(*b) : uniform_b.data(), out(plan), out(f), out(g), out(transport_cost),
-        out(marginal_error), out(history),
+        out(marginal_error), history ? out(*history) : nullptr,
         static_cast<int32_t*>(n_iter.mutable_data_ptr()), n, m, keep_history ? max_iter : 0, max_iter, check_every, epsilon,
         tol.value_or(-1), damping(tau_a, epsilon), damping(tau_b, epsilon), tau_b ? epsilon / *tau_b : 0};
     if (batch > 0) solve_all<scalar>(x, batch);
@@ -78,7 +79,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> sinkh
     run(double(0));
   else
     run(float(0));
-  return {plan, f, g, transport_cost, marginal_error, n_iter, converged, history};
+  return {std::move(plan),           std::move(f),      std::move(g),         std::move(transport_cost),
+          std::move(marginal_error), std::move(n_iter), std::move(converged), std::move(history)};
 }
 
 }  // namespace

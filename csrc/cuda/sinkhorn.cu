@@ -21,7 +21,7 @@ constexpr double converged_by_default = 1e-4;  // as in helo_fast/ops/sinkhorn/r
 
 double damping(std::optional<double> tau, double epsilon) { return tau ? *tau / (*tau + epsilon) : 1.0; }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> sinkhorn_fwd(
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, std::optional<Tensor>> sinkhorn_fwd(
     const Tensor& cost,              // [B, n, m], contiguous, float32 or float64
     const std::optional<Tensor>& a,  // [B, n]; none is uniform
     const std::optional<Tensor>& b,  // [B, m]
@@ -36,14 +36,15 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> sinkh
   Tensor plan = empty({batch, n, m}), f = empty({batch, n}), g = empty({batch, m});
   Tensor transport_cost = empty({batch}), marginal_error = empty({batch});
   Tensor n_iter = empty({batch}, ScalarType::Int), converged = empty({batch}, ScalarType::Bool);
-  Tensor history = keep_history ? torch::stable::new_zeros(cost, {batch, kept, n + m}) : empty({batch, 0, n + m});
+  std::optional<Tensor> history;
+  if (keep_history) history = torch::stable::new_zeros(cost, {batch, kept, n + m});
   const auto run = [&](auto zero) {
     using scalar = decltype(zero);
     const auto in = [](const Tensor& t) { return static_cast<const scalar*>(t.const_data_ptr()); };
     const auto out = [](Tensor& t) { return static_cast<scalar*>(t.mutable_data_ptr()); };
     const helo_fast::SinkhornBatch<scalar> x{
         {in(cost), a ? in(*a) : nullptr, b ? in(*b) : nullptr, out(plan), out(f), out(g), out(transport_cost), out(marginal_error),
-         out(history), static_cast<int32_t*>(n_iter.mutable_data_ptr()), n, m, kept, max_iter, check_every, epsilon, tol.value_or(-1),
+         history ? out(*history) : nullptr, static_cast<int32_t*>(n_iter.mutable_data_ptr()), n, m, kept, max_iter, check_every, epsilon, tol.value_or(-1),
          damping(tau_a, epsilon), damping(tau_b, epsilon), tau_b ? epsilon / *tau_b : 0},
         batch, static_cast<bool*>(converged.mutable_data_ptr()), scalar(tol.value_or(converged_by_default))};
     if (batch == 0 || helo_fast::launch_in_registers(x, device)) return;

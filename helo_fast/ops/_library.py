@@ -36,10 +36,14 @@ def define(schema: str) -> None:
 
 
 def implement(name: str) -> Callable:
-    """Register the decorated function for every device."""
+    """Register the decorated function for every device. A result may be None: a schema has no optional results, so that by way of the
+    dispatcher it is an empty tensor [0]."""
 
     def decorate(function: Callable) -> Callable:
-        _library.impl(name, function, "CompositeExplicitAutograd")
+        def dispatched(*arguments: object) -> tuple[Tensor, ...]:
+            return tuple(arguments[0].new_empty(0) if result is None else result for result in function(*arguments))
+
+        _library.impl(name, dispatched, "CompositeExplicitAutograd")
         _implementations[name] = function
         return function
 

@@ -16,7 +16,7 @@ def _contiguous(*tensors: Tensor | None) -> list[Tensor | None]:
 
 def _cpp_fwd(cost: Tensor, a: Tensor | None, b: Tensor | None, *options: object) -> tuple[Tensor, ...]:
     a, b = a if a is None else a.contiguous(), b if b is None else b.contiguous()
-    return torch.ops.helo_fast_cpu.sinkhorn_fwd(cost.contiguous(), a, b, *options)
+    return torch.ops.helo_fast_cpu.sinkhorn_fwd.default(cost.contiguous(), a, b, *options)
 
 
 def _cpp_implicit_bwd(cost, a, b, plan, grad_plan, grad_f, grad_g, grad_cost, *options: object) -> tuple[Tensor, ...]:
@@ -29,9 +29,11 @@ def _cpp_unrolled_bwd(cost, a, b, plan, history, n_iter, grad_plan, grad_f, grad
     return torch.ops.helo_fast_cpu.sinkhorn_unrolled_bwd(cost, a, b, plan, history, n_iter, grad_plan, grad_f, grad_g, grad_cost, *options)
 
 
-def _with_converged(outputs: tuple[Tensor, ...], epsilon: float, max_iter: int, tol: float | None, *rest: object) -> tuple[Tensor, ...]:
+def _completed(outputs: tuple[Tensor, ...], epsilon: float, max_iter: int, tol: float | None, *rest: object) -> tuple[Tensor | None, ...]:
+    """Triton's outputs as the reference's."""
     *values, n_iter, history = outputs
-    return *values, n_iter, reference.converged(values[-1], tol), history
+    keep_history = rest[-1]
+    return *values, n_iter, reference.converged(values[-1], tol), history if keep_history else None
 
 
 def _cuda_fwd(cost: Tensor, a: Tensor | None, b: Tensor | None, *options: object) -> tuple[Tensor, ...]:
@@ -48,7 +50,7 @@ def _cuda_implicit_bwd(cost, a, b, plan, grad_plan, grad_f, grad_g, grad_cost, *
 def _triton_fwd(cost: Tensor, a: Tensor | None, b: Tensor | None, *options: object) -> tuple[Tensor, ...]:
     from ...kernels import sinkhorn as kernels  # imported here: triton is optional and slow to import
 
-    return _with_converged(kernels.sinkhorn_fwd(cost, *reference.marginals(cost, a, b), *options), *options)
+    return _completed(kernels.sinkhorn_fwd(cost, *reference.marginals(cost, a, b), *options), *options)
 
 
 def _triton_implicit_bwd(cost: Tensor, *inputs_and_options: object) -> tuple[Tensor, ...]:

@@ -42,7 +42,7 @@ def _fwd_fake(cost, a, b, epsilon, max_iter, tol, check_every, tau_a, tau_b, gra
         cost.new_empty(batch),
         cost.new_empty(batch, dtype=torch.int32),
         cost.new_empty(batch, dtype=torch.bool),
-        cost.new_empty(batch, max_iter if gradient == "unrolled" else 0, n + m),
+        cost.new_empty((batch, max_iter, n + m) if gradient == "unrolled" else (0,)),
     )
 
 
@@ -67,13 +67,13 @@ def _bwd_fake(cost, a, b, *rest):
 def _setup_context(ctx, inputs, output):
     cost, a, b, epsilon, _, _, _, tau_a, tau_b, gradient, backend = inputs
     plan, f, g, _, marginal_error, n_iter, converged, history = output
-    diagnostics = marginal_error, n_iter, converged, history
+    diagnostics = marginal_error, n_iter, converged
     ctx.set_materialize_grads(False)
     if gradient == "implicit":
         ctx.mark_non_differentiable(*diagnostics)
         ctx.save_for_backward(cost, a, b, plan)
     elif gradient == "unrolled":
-        ctx.mark_non_differentiable(*diagnostics)
+        ctx.mark_non_differentiable(*diagnostics, history)
         ctx.save_for_backward(cost, a, b, plan, history, n_iter)
     else:  # envelope
         ctx.mark_non_differentiable(plan, f, g, *diagnostics)

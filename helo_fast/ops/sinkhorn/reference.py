@@ -47,8 +47,8 @@ def fwd(
     tau_a: float | None,
     tau_b: float | None,
     keep_history: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """(plan, f, g, transport_cost, marginal_error, n_iter, converged, history [B, max_iter or 0, n + m] of (phi, gamma))."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None]:
+    """(plan, f, g, transport_cost, marginal_error, n_iter, converged, history [B, max_iter, n + m] of (phi, gamma) if kept)."""
     batch, n, m = cost.shape
     a, b = marginals(cost, a, b)
     M, la, lb = _log_problem(cost, a, b, epsilon)
@@ -60,7 +60,7 @@ def fwd(
     gamma = torch.where(b > 0, torch.zeros_like(b), -math.inf)  # [B, m]
     running = torch.ones(batch, dtype=torch.bool, device=cost.device)
     n_iter = torch.full((batch,), max_iter, dtype=torch.int32, device=cost.device)
-    history = cost.new_zeros(batch, max_iter if keep_history else 0, n + m)
+    history = cost.new_zeros(batch, max_iter, n + m) if keep_history else None
     for iteration in range(1, max_iter + 1):
         new_gamma = _soft_transform(to_columns + phi.unsqueeze(-2), kappa_b, b)
         new_phi = _soft_transform(to_rows + new_gamma.unsqueeze(-2), kappa_a, a)
