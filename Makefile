@@ -54,7 +54,7 @@ recordings: $(STAMP)  ## train for a few epochs on the real recordings in SHARED
 	  --out runs/recordings --overwrite --quiet
 	test -s runs/recordings/report.html && test -s runs/recordings/metrics.json
 
-performance: $(STAMP)  ## the benchmarks with the large sizes, into docs/performance.md and its plots (an idle machine, ten minutes)
+performance: $(STAMP)  ## the benchmarks with the large sizes, into docs/performance.md and its plots (an idle machine, twenty minutes)
 	@mkdir -p .benchmarks
 	$(BIN)/pytest benchmarks --benchmark-only -m "large or not large" --benchmark-json=.benchmarks/performance.json -q
 	$(BIN)/python -m benchmarks.report .benchmarks/performance.json docs

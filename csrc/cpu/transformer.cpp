@@ -82,6 +82,7 @@ TransformerArguments arguments(const Tensor& x, const std::optional<Tensor>& bes
   t.drop_below = static_cast<uint32_t>(options.drop_below), t.cut_below = static_cast<uint32_t>(options.cut_below);
 
   a.first_norm = norm_arguments(x, made.attended, norm1_weight, std::nullopt, 0, 1.0);
+  a.first_norm.x.data = nullptr;  // each chunk gathers its own
   a.last_norm = norm_arguments(made.between, made.returned, norm2_weight, options.dropout_seed, options.cut_below, options.rescale);
   const auto bytes = [](const Tensor& t) { return reinterpret_cast<unsigned char*>(floats(t)); };
   a.first_norm.mean = bytes(made.mean1), a.first_norm.rstd = bytes(made.rstd1);
