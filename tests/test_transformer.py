@@ -165,6 +165,32 @@ def test_elsewhere_it_is_composed(calls):
     assert not calls
 
 
+@pytest.mark.parametrize("part", ("attention", "feed_forward", "feed_forward.w1", "feed_forward.w2"))
+def test_parts_that_are_hooked_or_replaced_are_called(part, calls):
+    layer, sets = make(*CASES[0][:5], 0.0, 0.0, True)
+    expected, seen = layer(*sets), []
+    assert calls.pop()
+    module = layer.get_submodule(part)
+    handle = module.register_forward_hook(lambda module, inputs, output: seen.append(1))
+    assert torch.allclose(layer(*sets), expected, rtol=1e-4, atol=1e-5) and seen and not calls
+    handle.remove()
+
+    class Negative(type(module)):
+        def forward(self, *inputs):
+            return -super().forward(*inputs)
+
+    module.__class__ = Negative
+    assert not torch.allclose(layer(*sets), expected, rtol=1e-1, atol=1e-1) and not calls
+
+
+def test_a_part_of_another_kind_is_called(calls):
+    layer, sets = make(*CASES[0][:5], 0.0, 0.0, True)
+    expected = layer(*sets)
+    assert calls.pop()
+    layer.feed_forward.w2 = torch.nn.Sequential(layer.feed_forward.w2)  # has no weight of its own
+    assert torch.allclose(layer(*sets), expected, rtol=1e-4, atol=1e-5) and not calls
+
+
 def test_a_missing_extension_asked_for_by_name_is_an_error(monkeypatch):
     layer, sets = make(*CASES[0])
     monkeypatch.setattr(_registry._native, "missing", lambda name: "it is not built")

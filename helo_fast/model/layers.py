@@ -164,8 +164,16 @@ class FeedForward(nn.Module):
         return _add_and_norm(self.layer_norm, x, self.w2(F.gelu(self.w1(x))), dropout, self.config.rng)
 
 
+_HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
+
+
+def _unchanged(module: nn.Module, kind: type[nn.Module]) -> bool:
+    """Whether the module is what this package made, and nobody waits for its call."""
+    return type(module) is kind and not any(getattr(module, hooks) for hooks in _HOOKS)
+
+
 class TransformerLayer(nn.Module):
-    """Self-attention, then feed-forward; in one piece where that is offered."""
+    """Self-attention, then feed-forward; in one piece where that is offered, and its parts are neither replaced nor hooked."""
 
     def __init__(self, config: HeLoConfig):
         super().__init__()
@@ -178,8 +186,8 @@ class TransformerLayer(nn.Module):
         beside: Tensor | None = None,  # like x: a second set of tokens for each sample
     ) -> Tensor:  # [B, n, D], or [2 B, n, D]: of each sample both sets
         attention, feed_forward = self.attention, self.feed_forward
-        parameters = self._parameters_in_order()
-        if transformer.serves(x, attention.heads, *parameters):
+        parameters = self._parameters_of_one_piece()
+        if parameters and transformer.serves(x, attention.heads, *parameters):
             dropkey, dropout = rates(attention.config, self.training)
             if dropkey or dropout:
                 draws_with_torch(attention.config.rng, x)  # raises where masks are to be torch's
@@ -190,15 +198,17 @@ class TransformerLayer(nn.Module):
             x = torch.cat([x, beside], 1).view(2 * len(x), *x.shape[1:])
         return feed_forward(attention(x, x))
 
-    def _parameters_in_order(self) -> tuple[Tensor, ...]:
+    def _parameters_of_one_piece(self) -> tuple[Tensor, ...]:
+        """As transformer_layer takes them; none where a module that the composition would call is not as it was made."""
         attention, feed_forward = self.attention, self.feed_forward
+        if torch.compiler.is_compiling() or not (_unchanged(attention, MultiHeadAttention) and _unchanged(feed_forward, FeedForward)):
+            return ()
+        w1, w2 = feed_forward.w1, feed_forward.w2
+        if not (_unchanged(w1, Linear) and _unchanged(w2, Linear)):
+            return ()
+        first, last = attention.layer_norm, feed_forward.layer_norm
         projections = (attention.linear_q.weight, attention.linear_k.weight, attention.linear_v.weight)
-        maps = (
-            t
-            for each in (attention.layer_norm, feed_forward.w1, feed_forward.w2, feed_forward.layer_norm)
-            for t in (each.weight, each.bias)
-        )
-        return *projections, *maps
+        return *projections, first.weight, first.bias, w1.weight, w1.bias, w2.weight, w2.bias, last.weight, last.bias
 
 
 def gram(x: Tensor, dim: int) -> Tensor:
