@@ -191,6 +191,18 @@ def test_a_part_of_another_kind_is_called(calls):
     assert torch.allclose(layer(*sets), expected, rtol=1e-4, atol=1e-5) and not calls
 
 
+def test_wrong_shapes_are_left_to_the_parts_to_name(calls):
+    layer, (x, beside) = make(*CASES[0])
+    with pytest.raises(RuntimeError, match="Sizes of tensors must match"):
+        layer(x, beside[:, :, :64])
+    with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+        layer(x[:, :, :64], beside[:, :, :64])
+    layer.feed_forward.w2.bias = torch.nn.Parameter(torch.zeros(16))
+    with pytest.raises(RuntimeError, match="size"):
+        layer(x, beside)
+    assert not calls
+
+
 def test_a_missing_extension_asked_for_by_name_is_an_error(monkeypatch):
     layer, sets = make(*CASES[0])
     monkeypatch.setattr(_registry._native, "missing", lambda name: "it is not built")

@@ -8,6 +8,7 @@
 #include "simd.h"
 // and on it
 #include "philox.h"
+#include "products.h"
 #include "storage.h"
 
 namespace {
@@ -26,6 +27,7 @@ class ResidualNorm {
     for (uint32_t** p : {&block_, &zero_}) *p = reserve<uint32_t>(width_ / 4 + kPhiloxCalls);
     random_ = reserve<uint32_t>(width_ + 4 * kPhiloxCalls);
     inside_ = reserve<scalar>(width_);
+    sums_ = reserve<scalar>(2 * width_);
     for (int64_t c = 0; c < width_ / 4 + kPhiloxCalls; ++c) block_[c] = uint32_t(c), zero_[c] = 0;
     for (int64_t j = 0; j < width_; ++j) inside_[j] = j < x.width;
     weight_ = const_cast<scalar*>(take(x.weight, 0, 0, 0, 1, x.width, width_, weight_).data);
@@ -35,7 +37,7 @@ class ResidualNorm {
   static int64_t padded(int64_t width) { return (width + kUnit - 1) / kUnit * kUnit; }
   static int64_t scratch_bytes(int64_t width) {
     const int64_t wide = padded(width);
-    return 7 * wide * int64_t(sizeof(scalar)) + (wide / 2 + 2 * kPhiloxCalls + wide + 4 * kPhiloxCalls) * 4 + 16 * 64;
+    return 9 * wide * int64_t(sizeof(scalar)) + (wide / 2 + 2 * kPhiloxCalls + wide + 4 * kPhiloxCalls) * 4 + 16 * 64;
   }
 
   void forward(int64_t row) {
@@ -88,19 +90,11 @@ class ResidualNorm {
     if (dy != nullptr) finish(dy, x_.dy, row);
   }
 
-  // dweight and dbias: the slices' parts, in their order, by eight sums, which round less than one.
+  // dweight and dbias: the sums of the slices' parts.
   void sum() {
-    const scalar* parts = reinterpret_cast<const scalar*>(x_.parts);
-    for (const auto& [first, to] : {std::pair(int64_t(0), &x_.dweight), std::pair(width_, &x_.dbias)}) {
-      for (int64_t j = 0; j < width_; j += lanes) {
-        full sums[8] = {};
-        for (int64_t slice = 0; slice < x_.slices; ++slice) sums[slice % 8] += load<full>(parts + slice * 2 * width_ + first + j);
-        for (int64_t apart = 4; apart > 0; apart /= 2)
-          for (int64_t s = 0; s < apart; ++s) sums[s] += sums[s + apart];
-        store(result_ + j, sums[0]);
-      }
-      put(result_, width_, *to, 0, 0, int64_t(0), 1, x_.width, false);
-    }
+    sum_rows(reinterpret_cast<const scalar*>(x_.parts), 2 * width_, x_.slices, sums_, false);
+    put(sums_, width_, x_.dweight, 0, 0, int64_t(0), 1, x_.width, false);
+    put(sums_ + width_, width_, x_.dbias, 0, 0, int64_t(0), 1, x_.width, false);
   }
 
  private:
@@ -141,6 +135,7 @@ class ResidualNorm {
   unsigned char* scratch_;
   int64_t width_;                                            // padded
   scalar *weight_, *bias_, *s_, *y_, *go_, *result_, *inside_;  // [width]; inside_ is 1 in columns, 0 in the padding
+  scalar* sums_;                                             // [2 width]
   uint32_t *block_, *zero_, *random_;                        // of the calls of Philox
 };
 

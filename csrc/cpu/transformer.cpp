@@ -15,7 +15,6 @@
 #include <tuple>
 #include <utility>
 
-#include "attention_tensors.h"
 #include "capability.h"
 #include "outputs.h"
 #include "problems.h"
@@ -169,13 +168,12 @@ transformer_layer_bwd(const Tensor& grad_out, const Tensor& x, const std::option
   for_each_problem(a.tasks, 2 * work(a) * a.batch / a.tasks, run.scratch_bytes(a, true),
                    [&](int64_t begin, int64_t end, unsigned char* scratch) { run.bwd(a, begin, end, scratch); });
 
-  const Tensor total = fresh({part.size()});
-  torch::stable::parallel_for(0, part.size(), 8192, [&](int64_t begin, int64_t end) { run.sum(a, floats(total), begin, end); });
-  int64_t next = 0;
+  int64_t first = 0;
   const auto piece = [&](auto... sizes) {
     Tensor gradient = fresh({sizes...});
-    std::memcpy(floats(gradient), floats(total) + next, static_cast<size_t>(gradient.numel()) * sizeof(float));
-    next += gradient.numel();
+    torch::stable::parallel_for(0, gradient.numel(), 4096,
+                                [&](int64_t begin, int64_t end) { run.sum(a, first, floats(gradient), begin, end); });
+    first += gradient.numel();
     return gradient;
   };
   Tensor dwq = piece(D, D), dwk = piece(D, D), dwv = piece(D, D);

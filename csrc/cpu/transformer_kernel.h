@@ -13,8 +13,8 @@ namespace HELO_FAST_SET {
 
 using Floats = Vectors<float>::full;
 
-// exp(-u^2 / 2) and Phi(u), that of the normal distribution's lower tail with a relative error of a few ulp: erfc(t) = exp(-t^2) s P(s)
-// with t = |u| / sqrt(2), s = 1 / (1 + 0.3 t), where P is the polynomial of least largest relative error on t < 14, 4e-8.
+// exp(-u^2 / 2) and the normal distribution's Phi(u), by erfc(t) = exp(-t^2) s P(s) with t = |u| / sqrt(2), s = 1 / (1 + 0.3 t), where P is
+// the polynomial of degree 8 of least largest relative error on t < 14: 4e-8, less than float32's rounding. No difference cancels.
 struct Normal {
   Floats bell, below;
   HELO_FAST_INLINE explicit Normal(Floats u) {
@@ -207,11 +207,12 @@ inline void transformer_bwd(const TransformerArguments& x, int64_t begin, int64_
   }
 }
 
-inline void transformer_sum(const TransformerArguments& x, float* total, int64_t begin, int64_t end) {
+inline void transformer_sum(const TransformerArguments& x, int64_t first, float* total, int64_t begin, int64_t end) {
   const int64_t size = TransformerPart(x.width, x.hidden).size();
-  for (int64_t i = begin; i < end; ++i) total[i] = x.parts[i];
+  const float* parts = x.parts + first;
+  for (int64_t i = begin; i < end; ++i) total[i] = parts[i];
   for (int64_t task = 1; task < x.tasks; ++task)
-    for (int64_t i = begin; i < end; ++i) total[i] += x.parts[task * size + i];
+    for (int64_t i = begin; i < end; ++i) total[i] += parts[task * size + i];
 }
 
 constexpr TransformerKernel transformer = {transpose_weight, transformer_fwd, transformer_bwd, transformer_sum,

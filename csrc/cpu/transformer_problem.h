@@ -29,7 +29,8 @@ struct TransformerKernel {
   void (*transpose)(const float* from, int64_t rows, int64_t columns, float* to);
   void (*fwd)(const TransformerArguments&, int64_t begin, int64_t end, unsigned char* scratch);  // chunks
   void (*bwd)(const TransformerArguments&, int64_t begin, int64_t end, unsigned char* scratch);  // tasks
-  void (*sum)(const TransformerArguments&, float* total, int64_t begin, int64_t end);            // entries of a part, over the tasks
+  // Entries [begin, end) of a gradient, which stands in a part from entry `first` on, over the tasks.
+  void (*sum)(const TransformerArguments&, int64_t first, float* total, int64_t begin, int64_t end);
   int64_t (*scratch_bytes)(const TransformerArguments&, bool backward);
 };
 

@@ -187,7 +187,7 @@ class TransformerLayer(nn.Module):
     ) -> Tensor:  # [B, n, D], or [2 B, n, D]: of each sample both sets
         attention, feed_forward = self.attention, self.feed_forward
         parameters = self._parameters_of_one_piece()
-        if parameters and transformer.serves(x, attention.heads, *parameters):
+        if parameters and transformer.serves(x, beside, *parameters):
             dropkey, dropout = rates(attention.config, self.training)
             if dropkey or dropout:
                 draws_with_torch(attention.config.rng, x)  # raises where masks are to be torch's
@@ -220,11 +220,7 @@ def gram(x: Tensor, dim: int) -> Tensor:
 
 def _to_unit_norm(x: Tensor, dim: int) -> Tensor:
     """F.normalize(x, dim=dim, eps=NORM_FLOOR), whose norm is slow on a CPU."""
-    return x / _norm(x, dim)
-
-
-def _norm(x: Tensor, dim: int) -> Tensor:
-    return x.square().sum(dim, keepdim=True).clamp(min=NORM_FLOOR**2).sqrt()
+    return x / x.square().sum(dim, keepdim=True).clamp(min=NORM_FLOOR**2).sqrt()
 
 
 def transport_plan(config: HeLoConfig, x: Tensor, y: Tensor) -> Tensor:
@@ -248,8 +244,8 @@ def transport_plan(config: HeLoConfig, x: Tensor, y: Tensor) -> Tensor:
 def _cosine_cost(x: Tensor, y: Tensor) -> Tensor:
     """1 - cos(x_i, y_j), [B, n, m], at least in float32."""
     with torch.autocast(x.device.type, enabled=False):
-        x, y = (t if t.dtype == torch.float64 else t.float() for t in (x, y))
-        return 1 - x @ y.mT / (_norm(x, -1) * _norm(y, -1).mT)
+        x, y = (_to_unit_norm(t if t.dtype == torch.float64 else t.float(), -1) for t in (x, y))
+        return 1 - x @ y.mT
 
 
 def transport(plan: Tensor, x: Tensor, transport_map: str) -> Tensor:

@@ -15,25 +15,25 @@ from . import _library
 from .attention import philox
 
 UNIT = 16  # of which D and F are to be multiples
-_W1 = 5  # among the parameters
 
 
-def serves(x: Tensor, heads: int, *parameters: Tensor) -> bool:
+def serves(x: Tensor, beside: Tensor | None, *parameters: Tensor) -> bool:
     """Whether transformer_layer can: in float32 on the CPU, uncompiled, where the back end in force is "cpp".
 
     Args:
-        x: ``[B, n, D]``.
-        heads: H.
-        parameters: as transformer_layer takes them.
+        x, beside, parameters: as transformer_layer takes them; where a shape is none of its own, the parts have to say so.
     """
+    tensors = (x, *parameters) if beside is None else (x, beside, *parameters)
+    if not _library.goes_straight(tensors) or not all(t.is_cpu and t.dtype == torch.float32 for t in tensors):
+        return False
+    if x.dim() != 3 or x.numel() == 0 or (beside is not None and beside.shape != x.shape):
+        return False
+    D, F = x.shape[-1], parameters[5].shape[0]
+    shapes = (*[(D, D)] * 3, (D,), (D,), (F, D), (F,), (D, F), (D,), (D,), (D,))
     return (
-        not torch.compiler.is_compiling()
-        and x.is_cpu
-        and x.numel() > 0
-        and x.shape[-1] % UNIT == 0
-        and parameters[_W1].shape[0] % UNIT == 0
-        and all(t.dtype == torch.float32 for t in (x, *parameters))
-        and _library.goes_straight((x, *parameters))
+        D % UNIT == 0
+        and F % UNIT == 0
+        and all(t.shape == shape for t, shape in zip(parameters, shapes))
         and all(_registry.resolve(op, x).backend is _registry.CPP for op in ("lcd_attention", "residual_norm"))
     )
 
@@ -52,7 +52,7 @@ def transformer_layer(
     Masks are those of lcd_attention and residual_norm, called one after the other, from the same numbers of torch's generator.
 
     Args:
-        x: ``[B, n, D]``; serves() has to hold of it and of the parameters.
+        x: ``[B, n, D]``; serves() has to hold.
         beside: like x: a second set of tokens for each sample, which does not see the first. None: there is none.
         parameters: wq, wk, wv ``[D, D]``; norm1's weight and bias ``[D]``; w1 ``[F, D]``, b1 ``[F]``, w2 ``[D, F]``, b2 ``[D]``; norm2's
             weight and bias ``[D]``.
