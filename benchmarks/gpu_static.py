@@ -127,22 +127,22 @@ def resources(cubin: bytes) -> tuple[int, int]:
     return int(found[1]), int(found[2]) + int(found[3])
 
 
-def compile_cuda(source: str, architecture: str) -> list[Row]:
-    """The kernels of one .cu file for one entry of setup.py's ARCHITECTURES."""
+def compile_cuda(source: str, architectures: list[str]) -> list[Row]:
+    """The kernels of one .cu file for one entry of setup.py's front_ends()."""
     script = setup_script()
     from torch.utils.cpp_extension import include_paths
 
-    number = int(re.match(r"\d+", architecture.replace(".", ""))[0])  # also of 9.0a
     with tempfile.TemporaryDirectory() as folder:
-        flags = ["-fatbin", "-Xptxas", "-v", "-keep", "-keep-dir", folder, *script["FLAGS"], *script["generate_code"](architecture)]
+        flags = ["-fatbin", "-Xptxas", "-v", "-keep", "-keep-dir", folder, *script["FLAGS"], *script["generate_code"](architectures)]
         flags += [f"-I{path}" for path in (ROOT / "csrc", *include_paths())]
         command = [script["find_nvcc"](), source, "-o", str(Path(folder) / "out.fatbin"), *flags]
         done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode:
-            return [Row("nvcc", Path(source).name, number, error=(done.stderr or done.stdout)[-3000:])]
+            numbers = [int(re.match(r"\d+", name.replace(".", ""))[0]) for name in architectures]  # also of 9.0a
+            return [Row("nvcc", Path(source).name, number, error=(done.stderr or done.stdout)[-3000:]) for number in numbers]
         ptx = "\n".join(path.read_text() for path in Path(folder).glob("*.ptx"))
     return [
-        dataclasses.replace(row, kernel=f"{Path(source).stem}.{row.kernel}", ptx=architecture.endswith("+PTX"))
+        dataclasses.replace(row, kernel=f"{Path(source).stem}.{row.kernel}", ptx=architectures[0].endswith("+PTX"))
         for row in parse_ptxas(done.stdout + done.stderr, ptx)
     ]
 
@@ -194,7 +194,7 @@ def collect(compilers: Iterable[str] = COMPILERS) -> list[Row]:
     jobs = []
     if "nvcc" in compilers:  # the longest first
         sources = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
-        jobs += [(compile_cuda, str(source), name) for source in sources for name in setup_script()["ARCHITECTURES"]]
+        jobs += [(compile_cuda, str(source), names) for source in sources for names in setup_script()["front_ends"]()]
     if "triton" in compilers:
         lengths = {module: len(triton_variants(module)) for module in triton_modules()}
         jobs += [

@@ -19,6 +19,10 @@ from . import _native
 
 ENVIRONMENT_VARIABLE = "HELO_FAST_BACKEND"
 AUTO = "auto"
+try:  # os.environ's own dict, not promised: os.environ raises and catches at every look for what is not set, for most of a microsecond
+    _environment, _key = os.environ._data, os.environ.encodekey(ENVIRONMENT_VARIABLE)
+except AttributeError:
+    _environment, _key = os.environ, ENVIRONMENT_VARIABLE
 
 
 @dataclass(frozen=True)
@@ -95,8 +99,9 @@ def requested(backend: str | None) -> str:
     forced = _forced.get()
     if forced is not None:
         return forced
-    variable = os.environ.get(ENVIRONMENT_VARIABLE)
-    return _validate(variable, ENVIRONMENT_VARIABLE) if variable else AUTO
+    if _key not in _environment:
+        return AUTO
+    return _validate(os.environ[ENVIRONMENT_VARIABLE] or AUTO, ENVIRONMENT_VARIABLE)
 
 
 @contextlib.contextmanager

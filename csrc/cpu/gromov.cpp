@@ -14,17 +14,18 @@
 #include <optional>
 #include <string>
 #include <tuple>
-#include <utility>
 #include <vector>
 
 #include "arena.h"
 #include "capability.h"
 #include "gromov_problem.h"
+#include "outputs.h"
 #include "problems.h"
 
 #define HELO_FAST_KERNEL "gromov_backward.h"
 #include "each_set.h"
 
+using helo_fast::Handle;
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
@@ -84,14 +85,14 @@ struct Options {
   std::optional<double> tol;
 };
 
-using Results = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
+using Results = std::tuple<Handle, Handle, Handle, Handle, Handle>;
 
 template <typename scalar>
 Results solve_all(GromovSpaces<scalar> spaces, const Tensor& a, bool over_batch, const Options& options) {
   const int64_t batch = a.size(0), n = spaces.n, m = spaces.m;
-  Tensor plan = torch::stable::new_empty(a, {batch, n, m}), gw_cost = torch::stable::new_empty(a, {batch});
-  Tensor marginal_error = torch::stable::new_empty(a, {batch});
-  Tensor n_iter = torch::stable::new_empty(a, {batch}, ScalarType::Int), converged = torch::stable::new_empty(a, {batch}, ScalarType::Bool);
+  const ScalarType dtype = a.scalar_type();
+  Output plan(dtype, {batch, n, m}), gw_cost(dtype, {batch}), marginal_error(dtype, {batch});
+  Output n_iter(ScalarType::Int, {batch}), converged(ScalarType::Bool, {batch});
   if (batch > 0) {
     std::vector<scalar> ends;
     if (over_batch) {
@@ -99,8 +100,8 @@ Results solve_all(GromovSpaces<scalar> spaces, const Tensor& a, bool over_batch,
       spaces.extremes = ends.data();
     }
     const GromovArguments<scalar> x{
-        spaces, out<scalar>(plan), out<scalar>(gw_cost), out<scalar>(marginal_error), out<int32_t>(n_iter), out<bool>(converged),
-        options.outer_iter, options.inner_iter, options.epsilon, options.tol.value_or(-1), options.tol.value_or(1e-4),
+        spaces, plan.data<scalar>(), gw_cost.data<scalar>(), marginal_error.data<scalar>(), n_iter.data<int32_t>(),
+        converged.data<bool>(), options.outer_iter, options.inner_iter, options.epsilon, options.tol.value_or(-1), options.tol.value_or(1e-4),
         options.method == "entropic"};
     const auto& kernel = kernels<scalar>();
     const int64_t work = work_of(spaces) * options.outer_iter + 3 * n * m * options.outer_iter * options.inner_iter;
@@ -109,7 +110,7 @@ Results solve_all(GromovSpaces<scalar> spaces, const Tensor& a, bool over_batch,
       kernel.solve(x, begin, end, scratch);
     });
   }
-  return {plan, gw_cost, marginal_error, n_iter, converged};
+  return {plan.release(), gw_cost.release(), marginal_error.release(), n_iter.release(), converged.release()};
 }
 
 template <typename Run>

@@ -24,6 +24,7 @@
 #define HELO_FAST_KERNEL "sinkhorn_solver.h"
 #include "each_set.h"
 
+using helo_fast::Handle;
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
@@ -47,7 +48,7 @@ void solve_all(const SinkhornArguments<scalar>& x, int64_t batch) {
   }
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, std::optional<Tensor>> sinkhorn_fwd(
+std::tuple<Handle, Handle, Handle, Handle, Handle, Handle, Handle, std::optional<Tensor>> sinkhorn_fwd(
     const Tensor& cost,              // [B, n, m], contiguous, float32 or float64
     const std::optional<Tensor>& a,  // [B, n]; none is uniform
     const std::optional<Tensor>& b,  // [B, m]
@@ -55,32 +56,32 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, std::optional
     std::optional<double> tau_b, bool keep_history) {
   const int64_t batch = cost.size(0), n = cost.size(1), m = cost.size(2);
   const ScalarType dtype = cost.scalar_type();
-  Tensor plan = empty(dtype, {batch, n, m}), f = empty(dtype, {batch, n}), g = empty(dtype, {batch, m});
-  Tensor transport_cost = empty(dtype, {batch}), marginal_error = empty(dtype, {batch});
-  Tensor n_iter = empty(ScalarType::Int, {batch}), converged = empty(ScalarType::Bool, {batch});
+  Output plan(dtype, {batch, n, m}), f(dtype, {batch, n}), g(dtype, {batch, m});
+  Output transport_cost(dtype, {batch}), marginal_error(dtype, {batch});
+  Output n_iter(ScalarType::Int, {batch}), converged(ScalarType::Bool, {batch});
   std::optional<Tensor> history;
   if (keep_history) history = torch::stable::new_zeros(cost, {batch, max_iter, n + m});
   const auto run = [&](auto zero) {
     using scalar = decltype(zero);
     const auto in = [](const Tensor& t) { return static_cast<const scalar*>(t.const_data_ptr()); };
-    const auto out = [](Tensor& t) { return static_cast<scalar*>(t.mutable_data_ptr()); };
     const std::vector<scalar> uniform_a(a ? 0 : batch * n, scalar(1.0 / n)), uniform_b(b ? 0 : batch * m, scalar(1.0 / m));
     const SinkhornArguments<scalar> x{
-        in(cost), a ? in(*a) : uniform_a.data(), b ? in(*b) : uniform_b.data(), out(plan), out(f), out(g), out(transport_cost),
-        out(marginal_error), history ? out(*history) : nullptr,
-        static_cast<int32_t*>(n_iter.mutable_data_ptr()), n, m, keep_history ? max_iter : 0, max_iter, check_every, epsilon,
-        tol.value_or(-1), damping(tau_a, epsilon), damping(tau_b, epsilon), tau_b ? epsilon / *tau_b : 0};
+        in(cost), a ? in(*a) : uniform_a.data(), b ? in(*b) : uniform_b.data(), plan.data<scalar>(), f.data<scalar>(), g.data<scalar>(),
+        transport_cost.data<scalar>(), marginal_error.data<scalar>(),
+        history ? static_cast<scalar*>(history->mutable_data_ptr()) : nullptr, n_iter.data<int32_t>(), n, m, keep_history ? max_iter : 0,
+        max_iter, check_every, epsilon, tol.value_or(-1), damping(tau_a, epsilon), damping(tau_b, epsilon),
+        tau_b ? epsilon / *tau_b : 0};
     if (batch > 0) solve_all<scalar>(x, batch);
     const scalar converged_at = static_cast<scalar>(tol.value_or(converged_by_default));
-    bool* each = static_cast<bool*>(converged.mutable_data_ptr());
+    bool* each = converged.data<bool>();
     for (int64_t i = 0; i < batch; ++i) each[i] = x.marginal_error[i] <= converged_at;
   };
   if (dtype == ScalarType::Double)
     run(double(0));
   else
     run(float(0));
-  return {std::move(plan),           std::move(f),      std::move(g),         std::move(transport_cost),
-          std::move(marginal_error), std::move(n_iter), std::move(converged), std::move(history)};
+  return {plan.release(),           f.release(),      g.release(),         transport_cost.release(),
+          marginal_error.release(), n_iter.release(), converged.release(), std::move(history)};
 }
 
 }  // namespace
