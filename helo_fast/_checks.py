@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import math
+import numbers
 
 import torch
+
+from ._torch_state import has_values
 
 FLOATING = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 _MASS_TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-4, torch.float16: 5e-3, torch.bfloat16: 2e-2}
@@ -38,8 +41,8 @@ class checks:
 
 
 def reads_values(tensor: torch.Tensor) -> bool:
-    """Whether value checks may run on this tensor; never while a graph is traced, which has no values."""
-    return not torch.compiler.is_compiling() and (tensor.device.type == "cpu" or _always)
+    """Whether value checks may run on this tensor: where it has values, and reading them does not synchronise."""
+    return (tensor.is_cpu or _always) and has_values(tensor)
 
 
 def shape_text(tensor: torch.Tensor) -> str:
@@ -52,6 +55,11 @@ def tensor(op: str, name: str, value: object, ndims: tuple[int, ...], shape_hint
         raise TypeError(f"{op}: {name} must be a tensor {shape_hint}, got {type(value).__name__}; use torch.as_tensor({name})")
     if value.dtype not in FLOATING:
         raise TypeError(f"{op}: {name} must be float32, float64, float16 or bfloat16, got {value.dtype}; use {name}.float()")
+    if value.layout is not torch.strided or value.is_nested:
+        kind = "a nested tensor" if value.is_nested else str(value.layout).removeprefix("torch.")
+        raise TypeError(
+            f"{op}: {name} must be a dense tensor, got {kind}; use {name}.to_{'padded_tensor(0)' if value.is_nested else 'dense()'}"
+        )
     if value.dim() not in ndims:
         raise ValueError(f"{op}: {name} must be {shape_hint}, got {shape_text(value)}; reshape it")
     return value
@@ -79,6 +87,8 @@ def positive(op: str, name: str, value: float, hint: str = "") -> float:
         return float(value)
     if isinstance(value, torch.Tensor):
         raise TypeError(f"{op}: {name} must be a Python number, got a tensor; use {name}.item()")
+    if isinstance(value, numbers.Real) and 0 < value < math.inf:  # NumPy's
+        return float(value)
     raise ValueError(f"{op}: {name} must be a finite number above 0, got {value!r}{'; ' + hint if hint else ''}")
 
 

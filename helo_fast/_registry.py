@@ -87,7 +87,7 @@ def register(op: str, adapters: tuple[Adapter, ...], auto: Mapping[str, tuple[st
 
 
 def _validate(name: str, source: str) -> str:
-    if name != AUTO and name not in BACKENDS:
+    if not isinstance(name, str) or (name != AUTO and name not in BACKENDS):
         raise ValueError(f"{source}: unknown back end {name!r}; choose one of {', '.join((AUTO, *BACKENDS))}")
     return name
 

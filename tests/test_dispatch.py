@@ -142,6 +142,35 @@ def test_transforms_and_tracers_take_the_dispatcher(op, x, direct):
 
 
 @EVERY_CALL
+def test_forward_mode_is_refused(op, x):
+    with pytest.raises(NotImplementedError, match=f"{op} has no forward-mode derivative; use reverse mode"):
+        torch.func.jvp(CALLS[op], (x,), (x,))
+    with forward_ad.dual_level(), pytest.raises(NotImplementedError, match="forward-mode"):
+        CALLS[op](forward_ad.make_dual(x, x))
+    with pytest.raises(NotImplementedError, match="forward-mode"):
+        torch.func.jacfwd(CALLS[op])(x)
+
+
+@pytest.mark.parametrize(
+    "call",
+    (
+        lambda x: helo_fast.sinkhorn(x, x.new_full((4,), 0.25), max_iter=3).plan,
+        lambda x: helo_fast.sinkhorn(x, n_rows=torch.full_like(x[:, 0, 0], 3, dtype=torch.int64), max_iter=3).plan,
+        lambda x: helo_fast.gromov_wasserstein(x, x, x.new_full((4,), 0.25), outer_iter=1).plan,
+    ),
+    ids=("marginal", "count", "gromov"),
+)
+@pytest.mark.filterwarnings("ignore:There is a performance drop:UserWarning")
+def test_values_are_checked_where_there_are_any(call, x):
+    expected = call(x)
+    with FakeTensorMode() as mode:
+        assert call(mode.from_tensor(x)).shape == expected.shape
+    assert torch.equal(make_fx(call, tracing_mode="fake")(x)(x), expected)
+    assert call(x.to("meta")).shape == expected.shape
+    assert torch.allclose(torch.vmap(lambda each: call(each[None]))(x), expected[None], atol=1e-6)
+
+
+@EVERY_CALL
 def test_tensors_that_are_more_than_memory_take_the_dispatcher(op, x, direct):
     expected = CALLS[op](x)
     direct.clear()

@@ -382,6 +382,7 @@ def test_input_layouts():
         (1, [[0.0] * 4] * 4, TypeError, "gsr must be a tensor"),
         (1, torch.rand(4, 4, device="meta"), ValueError, "gsr is on meta but the model on cpu"),
         (4, torch.rand(4, 6), ValueError, r"labels must be \[B, emotion_classes\], here \[4, 7\], got \[4, 6\]"),
+        (4, torch.rand(4, 7, device="meta"), ValueError, "labels is on meta but the model on cpu"),
     ],
 )
 def test_bad_inputs(position, value, exception, message):
@@ -395,5 +396,9 @@ def test_bad_inputs(position, value, exception, message):
 def test_bad_label_embedding_and_missing_labels():
     with pytest.raises(ValueError, match=r"label_embedding must be \[K, D\] or \[B, K, D\], here \[7, 16\] or \[4, 7, 16\], got \[7, 15\]"):
         build("paper")(*batch(), label_embedding=torch.rand(7, 15))
+    with pytest.raises(TypeError, match=r"label_embedding is torch.float64 but the model torch.float32; use label_embedding.to"):
+        build("paper")(*batch(), label_embedding=torch.rand(7, 16).double())
+    with pytest.raises(ValueError, match="label_embedding is on meta but the model on cpu"):
+        build("paper")(*batch(), label_embedding=torch.rand(7, 16, device="meta"))
     with pytest.raises(TypeError, match="labels are needed for the loss"):
         build("paper").loss(*batch()[:4], None)

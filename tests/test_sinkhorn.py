@@ -83,6 +83,23 @@ def test_zero_mass_gives_exact_zeros(backend, device_for):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("gradient", ("implicit", "unrolled"))
+@pytest.mark.parametrize("taus", ((1.0, 1.0), (None, 1.0), (1.0, None)), ids=str)
+def test_a_side_without_any_mass(taus, gradient, backend, device_for):
+    """Unbalanced: nothing is moved, and the potentials of the other side are those of no mass too."""
+    cost = torch.rand(2, 4, 3, generator=torch.Generator().manual_seed(0)).to(device_for("sinkhorn", backend))
+    some = {4: torch.tensor([[0.0] * 4, [0.1, 0.2, 0.3, 0.4]]), 3: torch.tensor([[0.2, 0.0, 0.8], [0.2, 0.3, 0.5]])}
+    for sizes in ((4, 3), (3, 4)):  # without rows, and without columns
+        C = (cost if sizes == (4, 3) else cost.mT.contiguous()).detach().requires_grad_()
+        a, b = (some[size].to(cost.device).requires_grad_() for size in sizes)
+        result = sinkhorn(C, a, b, tau_a=taus[0], tau_b=taus[1], gradient=gradient, backend=backend)
+        assert (result.plan[0] == 0).all() and (result.f[0] == -math.inf).all() and (result.g[0] == -math.inf).all()
+        assert result.transport_cost[0] == 0 and result.marginal_error[0].isfinite() and result.plan[1].sum() > 0.1
+        grads = torch.autograd.grad((result.plan * (1 + C.detach())).sum() + result.transport_cost.sum(), (C, a, b))
+        assert all(grad.isfinite().all() for grad in grads) and (grads[0][0] == 0).all() and (grads[0][1] != 0).any()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("m", (7, 40))
 def test_infinite_cost_forbids_a_pair(m, backend, device_for):
     cost = torch.rand(2, 9, m, generator=torch.Generator().manual_seed(m))

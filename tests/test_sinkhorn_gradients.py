@@ -1,5 +1,6 @@
 """sinkhorn: gradients, torch.library contracts, compile, and the errors of bad input."""
 
+import numpy
 import pytest
 import torch
 
@@ -182,6 +183,10 @@ def test_autocast_solves_in_float32():
         (ValueError, "b must be finite", lambda c: sinkhorn(c, b=torch.full((4,), float("nan")))),
         (ValueError, "equal mass, problem 0 has 2.5 and 1", lambda c: sinkhorn(c, torch.full((5,), 0.5))),
         (TypeError, "n_rows must be an integer tensor", lambda c: sinkhorn(c, n_rows=[5, 5])),
+        (TypeError, r"got torch.complex64; use n_rows.long\(\)", lambda c: sinkhorn(c, n_rows=torch.ones(2, dtype=torch.complex64))),
+        (TypeError, r"cost must be a dense tensor, got sparse_coo; use cost.to_dense\(\)", lambda c: sinkhorn(c.to_sparse())),
+        (TypeError, "cost must be a dense tensor, got a nested tensor", lambda c: sinkhorn(torch.nested.nested_tensor([c[0], c[1, :3]]))),
+        (ValueError, r"backend: unknown back end \['cpp'\]", lambda c: sinkhorn(c, backend=["cpp"])),
         (ValueError, r"n_cols must lie in 1..4, got 9", lambda c: sinkhorn(c, n_cols=torch.tensor([9, 1]))),
         (ValueError, r"n_rows must be .*\[2\], got \[3\]", lambda c: sinkhorn(c, n_rows=torch.tensor([1, 1, 1]))),
     ),
@@ -189,6 +194,11 @@ def test_autocast_solves_in_float32():
 def test_bad_input_is_named(error, message, call):
     with pytest.raises(error, match=message):
         call(torch.rand(2, 5, 4))
+
+
+def test_numbers_may_be_numpys():
+    cost = torch.rand(2, 5, 4)
+    assert torch.equal(sinkhorn(cost, epsilon=numpy.float32(0.5)).plan, sinkhorn(cost, epsilon=0.5).plan)
 
 
 def test_unequal_mass_is_allowed_when_unbalanced_and_checks_is_a_context():

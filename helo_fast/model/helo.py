@@ -13,7 +13,19 @@ from torch import Tensor, nn
 from .. import _checks
 from . import checkpoint
 from .config import HeLoConfig
-from .layers import Encoded, Encoder, Linear, MultiHeadAttention, TransformerLayer, draws_with_torch, gram, rates, transport, transport_plan
+from .layers import (
+    Encoded,
+    Encoder,
+    Linear,
+    MultiHeadAttention,
+    TransformerLayer,
+    draws_with_torch,
+    gram,
+    rates,
+    transport,
+    transport_plan,
+    unchanged,
+)
 
 _NAME = "HeLo"
 _BUFFER = "label_correlation"
@@ -217,8 +229,7 @@ class HeLo(nn.Module):
         plan = transport_plan(self.config, physiological, behavioral)  # [B, 2C, 2C]
         carried = transport(plan, physiological, self.config.transport_map)  # [B, 2C, D]
         tokens = self._transformer(carried, behavioral)  # [B, 4C, D]
-        fusion = self.fused_projection  # over the token axis, from the left: no transposed copy of the tokens
-        fused = torch.baddbmm(fusion.bias.unsqueeze(-1), fusion.weight.expand(len(tokens), -1, -1), tokens)  # [B, K, D]
+        fused = self._fuse(tokens)  # [B, K, D]
         learned = gram(embedding, -1 if self.config.correlation == "cosine" else -2)  # [K, K] or [B, K, K]
         return self.Classifier(self.lcd_cross_attention(embedding, fused, bias=learned).flatten(1)), learned
 
@@ -230,9 +241,19 @@ class HeLo(nn.Module):
         return self._layers(carried, behavioral).view(batch, 2 * n, width)
 
     def _layers(self, tokens: Tensor, beside: Tensor | None = None) -> Tensor:
+        if beside is not None and not self.transformer_layer:
+            return torch.cat([tokens, beside], 1)
         for layer in self.transformer_layer:
             tokens, beside = layer(tokens, beside), None
         return tokens
+
+    def _fuse(self, tokens: Tensor) -> Tensor:
+        """fused_projection over the token axis: [B, 4C, D] to [B, K, D]."""
+        fusion = self.fused_projection
+        if not unchanged(fusion, nn.Linear):
+            return fusion(tokens.mT).mT
+        # From the left: no transposed copy of the tokens.
+        return torch.baddbmm(fusion.bias.unsqueeze(-1), fusion.weight.expand(len(tokens), -1, -1), tokens)
 
     def _embedding(self, eeg: Tensor, given: Tensor | None) -> Tensor:
         config, weight = self.config, self.eeg_encoder.weight
@@ -240,6 +261,7 @@ class HeLo(nn.Module):
         if given is not None:
             _checks.tensor(_NAME, "label_embedding", given, (2, 3), "[K, D] or [B, K, D]")
             _checks.shape(_NAME, "label_embedding", given, (shape, (len(eeg), *shape)), "[K, D] or [B, K, D]")
+            self._check_place("label_embedding", given)
             return given
         if config.learned_label_embedding:
             return self.label_embedding
@@ -252,6 +274,7 @@ class HeLo(nn.Module):
         if labels is not None:
             _checks.tensor(_NAME, "labels", labels, (2,), "[B, emotion_classes]")
             _checks.shape(_NAME, "labels", labels, ((batch, self.config.emotion_classes),), "[B, emotion_classes]")
+            self._check_place("labels", labels, any_dtype=True)
         if self.label_correlation is not None:
             return self.label_correlation
         if labels is None:
@@ -260,7 +283,7 @@ class HeLo(nn.Module):
 
     def _inputs(self, eeg: Tensor, gsr: Tensor, ppg: Tensor, video: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Checked, and viewed as [B, C, dim_eeg], [B, dim_gsr], [B, dim_ppg], [B, dim_video]."""
-        c, weight = self.config, self.eeg_encoder.weight
+        c = self.config
         accepted = {
             "eeg": (eeg, ((c.n_channels * c.dim_eeg,), (c.n_channels, c.dim_eeg)), "n_channels and dim_eeg"),
             "gsr": (gsr, ((c.dim_gsr,), (1, c.dim_gsr)), "dim_gsr"),
@@ -277,11 +300,16 @@ class HeLo(nn.Module):
                 )
             if len(value) != len(eeg):
                 raise ValueError(f"{_NAME}: {name} has {len(value)} rows but eeg has {len(eeg)}; give every input the same batch")
-            if value.device != weight.device:
-                raise ValueError(f"{_NAME}: {name} is on {value.device} but the model on {weight.device}; use {name}.to(model's device)")
-            if value.dtype != weight.dtype and not torch.is_autocast_enabled(value.device.type):
-                raise TypeError(f"{_NAME}: {name} is {value.dtype} but the model {weight.dtype}; use {name}.to({weight.dtype})")
+            self._check_place(name, value)
         return eeg.reshape(len(eeg), c.n_channels, c.dim_eeg), gsr.flatten(1), ppg.flatten(1), video
+
+    def _check_place(self, name: str, value: Tensor, any_dtype: bool = False) -> None:
+        """On the model's device, and of its dtype unless autocast sees to that."""
+        weight = self.eeg_encoder.weight
+        if value.device != weight.device:
+            raise ValueError(f"{_NAME}: {name} is on {value.device} but the model on {weight.device}; use {name}.to(model's device)")
+        if value.dtype != weight.dtype and not any_dtype and not torch.is_autocast_enabled(value.device.type):
+            raise TypeError(f"{_NAME}: {name} is {value.dtype} but the model {weight.dtype}; use {name}.to({weight.dtype})")
 
 
 def _make_room_for_correlation(module: HeLo, state_dict: dict[str, Tensor], prefix: str, metadata, strict: bool, *_: object) -> None:

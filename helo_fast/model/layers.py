@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
 
 from .. import _registry
 from ..ops import transformer
@@ -42,6 +43,24 @@ def rates(config: HeLoConfig, training: bool) -> tuple[float, float]:
     return config.dropkey if training or config.dropkey_in_evaluation else 0.0, config.dropout if training else 0.0
 
 
+_HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
+
+
+def unchanged(module: nn.Module, kind: type[nn.Module], **absent: None) -> bool:
+    """Whether the module is what this package made, and nobody waits for its call: it may be computed from its parameters, without one.
+
+    Keywords are attributes that are to be None, as in nn.Linear without a bias; other parameters are to be there.
+    """
+    return (
+        type(module) is kind
+        and "forward" not in vars(module)
+        and module._compiled_call_impl is None
+        and not any(getattr(module, hooks) for hooks in _HOOKS)
+        and not _has_any_global_hook()
+        and all((parameter is None) == (name in absent) for name, parameter in module._parameters.items())
+    )
+
+
 class Linear(nn.Linear):
     """nn.Linear by :func:`helo_fast.ops.linear.linear`."""
 
@@ -77,7 +96,8 @@ class Encoded:
         encoder = self.encoder
         if not torch.compiler.is_compiling():  # a compiled graph serves every batch size, and cannot see which back end is in force
             rows, width = self.features.shape[:-1].numel(), encoder.shape[-1]
-            if _registry.requested(None) == "eager" or rows * width <= (rows + width) * encoder.in_features:
+            less = rows * width > (rows + width) * encoder.in_features
+            if not less or _registry.requested(None) == "eager" or not unchanged(encoder, Encoder):
                 return linears(self.tokens(), *weights)
         # The bias goes with a further feature, 1.
         inner = torch.cat([encoder.weight, encoder.bias.unsqueeze(-1)], -1).unflatten(0, encoder.shape)  # [.., D, in_features + 1]
@@ -106,7 +126,7 @@ class MultiHeadAttention(nn.Module):
         *sources: Tensor | Encoded,  # each y [B, m, D]; x attends to one after the other, and the query is projected once
         bias: Tensor | None = None,  # [n, m] or [B, n, m], added before the scale
     ) -> Tensor:  # [B, len(sources) n, D]
-        maps = self.linear_q.weight, self.linear_k.weight, self.linear_v.weight
+        maps = self.linear_q, self.linear_k, self.linear_v
         if len(sources) == 1 and sources[0] is x:  # self-attention
             operands = [self._project(x, *maps)]
         else:
@@ -125,9 +145,14 @@ class MultiHeadAttention(nn.Module):
             return attention_reference.lcd_attention(q, k, v, bias, drop=drop, keep=keep, released_gradient=released)
         return lcd_attention(q, k, v, bias, dropkey_p=dropkey, dropout_p=dropout)
 
-    def _project(self, x: Tensor | Encoded, *weights: Tensor) -> tuple[Tensor, ...]:
-        """x weight' [.., n, D] as [.., H, n, d], for each weight."""
-        projected = x.through(*weights) if isinstance(x, Encoded) else linears(x, *weights)
+    def _project(self, x: Tensor | Encoded, *maps: nn.Linear) -> tuple[Tensor, ...]:
+        """x weight' [.., n, D] as [.., H, n, d], for each map."""
+        if all(unchanged(each, nn.Linear, bias=None) for each in maps):
+            weights = [each.weight for each in maps]
+            projected = x.through(*weights) if isinstance(x, Encoded) else linears(x, *weights)
+        else:
+            x = x.tokens() if isinstance(x, Encoded) else x
+            projected = [each(x) for each in maps]
         return tuple(t.unflatten(-1, (self.heads, -1)).transpose(-3, -2) for t in projected)
 
 
@@ -144,7 +169,7 @@ def _torch_masks(
 def _add_and_norm(norm: nn.LayerNorm, x: Tensor, y: Tensor, p: float = 0.0, rng: str = "auto") -> Tensor:
     """norm(x + dropout(y)) [B, n, D]; x may be [n, D], shared by the batch."""
     # On a GPU torch.compile fuses the plain operations, and their dropout is torch's.
-    if y.device.type != "cpu" or draws_with_torch(rng if p else "auto", y):
+    if y.device.type != "cpu" or draws_with_torch(rng if p else "auto", y) or not unchanged(norm, nn.LayerNorm):
         return norm(x + F.dropout(y, p))
     return residual_norm(x.expand(y.shape), y, norm.weight, norm.bias, dropout_p=p, eps=norm.eps)
 
@@ -164,14 +189,6 @@ class FeedForward(nn.Module):
         return _add_and_norm(self.layer_norm, x, self.w2(F.gelu(self.w1(x))), dropout, self.config.rng)
 
 
-_HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
-
-
-def _unchanged(module: nn.Module, kind: type[nn.Module]) -> bool:
-    """Whether the module is what this package made, and nobody waits for its call."""
-    return type(module) is kind and not any(getattr(module, hooks) for hooks in _HOOKS)
-
-
 class TransformerLayer(nn.Module):
     """Self-attention, then feed-forward; in one piece where that is offered, and its parts are neither replaced nor hooked."""
 
@@ -186,11 +203,13 @@ class TransformerLayer(nn.Module):
         beside: Tensor | None = None,  # like x: a second set of tokens for each sample
     ) -> Tensor:  # [B, n, D], or [2 B, n, D]: of each sample both sets
         attention, feed_forward = self.attention, self.feed_forward
+        dropkey, dropout = rates(attention.config, attention.training)
         parameters = self._parameters_of_one_piece()
-        if parameters and transformer.serves(x, beside, *parameters):
-            dropkey, dropout = rates(attention.config, self.training)
+        same = rates(feed_forward.config, feed_forward.training)[1] == dropout  # one piece has but one rate
+        if parameters and same and transformer.serves(x, beside, *parameters):
             if dropkey or dropout:
-                draws_with_torch(attention.config.rng, x)  # raises where masks are to be torch's
+                for part in (attention, feed_forward):
+                    draws_with_torch(part.config.rng, x)  # raises where masks are to be torch's
             eps = attention.layer_norm.eps, feed_forward.layer_norm.eps
             options = {"heads": attention.heads, "dropkey_p": dropkey, "dropout_p": dropout, "eps": eps}
             return transformer.transformer_layer(x, beside, *parameters, **options)
@@ -201,14 +220,18 @@ class TransformerLayer(nn.Module):
     def _parameters_of_one_piece(self) -> tuple[Tensor, ...]:
         """As transformer_layer takes them; none where a module that the composition would call is not as it was made."""
         attention, feed_forward = self.attention, self.feed_forward
-        if torch.compiler.is_compiling() or not (_unchanged(attention, MultiHeadAttention) and _unchanged(feed_forward, FeedForward)):
+        maps = attention.linear_q, attention.linear_k, attention.linear_v
+        first, w1, w2, last = attention.layer_norm, feed_forward.w1, feed_forward.w2, feed_forward.layer_norm
+        if torch.compiler.is_compiling() or not (
+            unchanged(attention, MultiHeadAttention)
+            and unchanged(feed_forward, FeedForward)
+            and all(unchanged(each, nn.Linear, bias=None) for each in maps)
+            and all(unchanged(each, Linear) for each in (w1, w2))
+            and all(unchanged(each, nn.LayerNorm) for each in (first, last))
+        ):
             return ()
-        w1, w2 = feed_forward.w1, feed_forward.w2
-        if not (_unchanged(w1, Linear) and _unchanged(w2, Linear)):
-            return ()
-        first, last = attention.layer_norm, feed_forward.layer_norm
-        projections = (attention.linear_q.weight, attention.linear_k.weight, attention.linear_v.weight)
-        return *projections, first.weight, first.bias, w1.weight, w1.bias, w2.weight, w2.bias, last.weight, last.bias
+        weights = [each.weight for each in maps]
+        return *weights, first.weight, first.bias, w1.weight, w1.bias, w2.weight, w2.bias, last.weight, last.bias
 
 
 def gram(x: Tensor, dim: int) -> Tensor:

@@ -6,27 +6,16 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
-from torch.nn import Parameter
-from torch.overrides import has_torch_function
+
+from .._torch_state import goes_straight, has_tangent
 
 try:  # torch's own, not promised: without one of them every call takes the dispatcher
-    from torch._C import (
-        _are_functorch_transforms_active,
-        _AutoDispatchBelowAutograd,
-        _is_any_autocast_enabled,
-        _is_tracing,
-        _len_torch_dispatch_stack,
-    )
+    from torch._C import _AutoDispatchBelowAutograd
     from torch.autograd import _profiler_enabled
-
-    forward_ad._current_level  # noqa: B018
-    _MAY_GO_STRAIGHT = True
-except (ImportError, AttributeError):
-    _MAY_GO_STRAIGHT = False
+except ImportError:
+    _profiler_enabled = None
 
 _library = torch.library.Library("helo_fast", "DEF")
-_PLAIN = (Tensor, Parameter)
 _implementations: dict[str, Callable] = {}
 _functions: dict[str, type[torch.autograd.Function]] = {}
 
@@ -103,33 +92,15 @@ def without_autocast(kernel: Callable, tensor: Tensor, *arguments: object) -> tu
         return kernel(tensor, *arguments)
 
 
-def goes_straight(tensors: tuple[Tensor | None, ...]) -> bool:
-    """Whether torch's dispatcher has nothing to do for a function of these tensors but autograd: no compiler, mode, transform, tracer
-    or autocast would see the call or change it, and each tensor is no more than its memory."""
-    if (
-        torch.compiler.is_compiling()
-        or not _MAY_GO_STRAIGHT
-        or has_torch_function(tensors)
-        or _len_torch_dispatch_stack()
-        or _are_functorch_transforms_active()
-        or forward_ad._current_level >= 0
-        or _is_any_autocast_enabled()
-        or _is_tracing()
-    ):
-        return False
-    for x in tensors:
-        if x is not None and (type(x) not in _PLAIN or not (x.is_cpu or x.is_cuda) or x.is_neg()):
-            return False
-    return True
-
-
 def call(name: str, tensors: tuple[Tensor | None, ...], *options: object) -> tuple[Tensor, ...]:
     """torch.ops.helo_fast.<name>(*tensors, *options), straight to the implementation where the dispatcher has nothing to do on the way.
 
     For an op written in Python the dispatcher takes several times as long as a small kernel, and its autograd wrapper longer still.
-    A profiler is to see the op.
+    A profiler is to see the op. A forward-mode derivative is refused: the dispatcher would drop it without a word.
     """
-    if not goes_straight(tensors) or _profiler_enabled():
+    if not goes_straight(tensors) or _profiler_enabled is None or _profiler_enabled():
+        if has_tangent(tensors):
+            raise NotImplementedError(f"{name} has no forward-mode derivative; use reverse mode (backward, torch.func.vjp), or detach")
         return getattr(torch.ops.helo_fast, name)(*tensors, *options)
     if not torch.is_grad_enabled():
         return _below_autograd(name, *tensors, *options)

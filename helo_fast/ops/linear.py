@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .. import _registry
-from . import _library
+from .._torch_state import goes_straight
 
 try:  # torch's own, not promised: what its compiler calls for a linear map
     _onednn = torch.ops.mkldnn._linear_pointwise.default
@@ -44,7 +44,7 @@ def _one_product(x: Tensor, *others: Tensor | None) -> bool:
         and x.is_cpu
         and x.dtype == torch.float32
         and x.numel() * sum(t.shape[0] for t in others if t is not None and t.dim() == 2) >= LEAST_WORK
-        and _library.goes_straight((x, *others))
+        and goes_straight((x, *others))
         and _registry.requested(None) != _registry.EAGER.name
     )
 
@@ -54,8 +54,8 @@ class _Linear(torch.autograd.Function):
     def forward(ctx, x: Tensor, bias: Tensor | None, *weights: Tensor) -> tuple[Tensor, ...]:
         ctx.save_for_backward(x, *weights)
         weight = weights[0] if len(weights) == 1 else torch.cat(weights)
-        y = _onednn(x.reshape(-1, x.shape[-1]), weight, bias, "none", [], "").view(*x.shape[:-1], -1)
-        return y.split([w.shape[0] for w in weights], -1)
+        y = _onednn(x, weight, bias, "none", [], "").data  # else a view, which could not be changed in place
+        return (y,) if len(weights) == 1 else y.split([w.shape[0] for w in weights], -1)
 
     @staticmethod
     @once_differentiable

@@ -11,20 +11,23 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .. import _registry
-from . import _library
+from .._torch_state import goes_straight
 from .attention import philox
 
 UNIT = 16  # of which D and F are to be multiples
 
 
-def serves(x: Tensor, beside: Tensor | None, *parameters: Tensor) -> bool:
+def serves(x: Tensor, beside: Tensor | None, *parameters: Tensor | None) -> bool:
     """Whether transformer_layer can: in float32 on the CPU, uncompiled, where the back end in force is "cpp".
 
     Args:
-        x, beside, parameters: as transformer_layer takes them; where a shape is none of its own, the parts have to say so.
+        x, beside, parameters: as transformer_layer takes them; where a shape is none of its own, or a parameter None, the parts have to
+            say so.
     """
     tensors = (x, *parameters) if beside is None else (x, beside, *parameters)
-    if not _library.goes_straight(tensors) or not all(t.is_cpu and t.dtype == torch.float32 for t in tensors):
+    if any(t is None for t in parameters):
+        return False
+    if not goes_straight(tensors) or not all(t.is_cpu and t.dtype == torch.float32 for t in tensors):
         return False
     if x.dim() != 3 or x.numel() == 0 or (beside is not None and beside.shape != x.shape):
         return False
@@ -85,6 +88,7 @@ class _TransformerLayer(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_out: Tensor) -> tuple[Tensor | None, ...]:
-        arguments = grad_out.contiguous(), *ctx.saved_tensors, *ctx.seeds, *ctx.options
+        saved = ctx.saved_tensors  # once: a checkpoint gives them out no second time
+        arguments = grad_out.contiguous(), *saved, *ctx.seeds, *ctx.options
         dx, d_beside, *d_parameters = torch.ops.helo_fast_cpu.transformer_layer_bwd(*arguments)
-        return None, None, None, None, dx, None if ctx.saved_tensors[1] is None else d_beside, *d_parameters
+        return None, None, None, None, dx, None if saved[1] is None else d_beside, *d_parameters

@@ -68,8 +68,9 @@ def _backward(ctx, grad_out, *_):
     rest = (None,) * 4
     if grad_out is None:
         return None, None, None, None, *rest
-    dx, dy, dweight, dbias = _library.call("residual_norm_bwd", (grad_out, *ctx.saved_tensors), ctx.dropout_p, ctx.backend)
-    return dx, dx if ctx.saved_tensors[-1] is None else dy, dweight, dbias, *rest
+    saved = ctx.saved_tensors  # once: a checkpoint gives them out no second time
+    dx, dy, dweight, dbias = _library.call("residual_norm_bwd", (grad_out, *saved), ctx.dropout_p, ctx.backend)
+    return dx, dx if saved[-1] is None else dy, dweight, dbias, *rest
 
 
 _library.autograd("residual_norm_fwd", _backward, _setup_context)

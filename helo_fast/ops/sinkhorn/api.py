@@ -12,6 +12,7 @@ from .. import _library
 from . import op as _op  # noqa: F401  (defines torch.ops.helo_fast.sinkhorn_fwd)
 
 _NAME = "sinkhorn"
+_INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 GRADIENTS = ("implicit", "unrolled", "envelope", "none")
 
 
@@ -152,10 +153,10 @@ def _marginal(
 
 
 def _count(name: str, count: object, cost: Tensor, batch: int, size: int) -> Tensor:
-    if not isinstance(count, Tensor) or count.dtype.is_floating_point or count.dtype == torch.bool:
-        raise TypeError(
-            f"{_NAME}: {name} must be an integer tensor [B], got {getattr(count, 'dtype', type(count).__name__)}; use torch.tensor({name})"
-        )
+    if not isinstance(count, Tensor):
+        raise TypeError(f"{_NAME}: {name} must be an integer tensor [B], got {type(count).__name__}; use torch.tensor({name})")
+    if count.dtype not in _INTEGERS:
+        raise TypeError(f"{_NAME}: {name} must be an integer tensor [B], got {count.dtype}; use {name}.long()")
     _checks.shape(_NAME, name, count, ((batch,),), "one count per problem")
     if count.device != cost.device:
         raise ValueError(f"{_NAME}: {name} is on {count.device} but cost on {cost.device}; use {name}.to(cost.device)")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -29,6 +31,19 @@ def _cpp_unrolled_bwd(cost, a, b, plan, history, n_iter, grad_plan, grad_f, grad
     return torch.ops.helo_fast_cpu.sinkhorn_unrolled_bwd(cost, a, b, plan, history, n_iter, grad_plan, grad_f, grad_g, grad_cost, *options)
 
 
+def _with_partners(kernel: Callable, cost: Tensor, a: Tensor | None, b: Tensor | None, *options: object) -> tuple[Tensor | None, ...]:
+    """A GPU kernel's results, on problems in which mass without any partner counts as none: the kernel would find potentials of inf."""
+    _, max_iter, tol, _, tau_a, tau_b, _ = options
+    if tau_a is None and tau_b is None:  # both sides are of the same mass
+        return kernel(cost, a, b, *options)
+    a, given_b = reference.marginals(cost, a, b)
+    a, b = reference.with_partners(a, given_b)
+    *values, error, n_iter, _, history = kernel(cost, a, b, *options)
+    alone = (given_b - b).sum(-1)
+    error = error + alone
+    return *values, error, torch.where(alone > 0, max_iter, n_iter).to(n_iter.dtype), reference.converged(error, tol), history
+
+
 def _completed(outputs: tuple[Tensor, ...], epsilon: float, max_iter: int, tol: float | None, *rest: object) -> tuple[Tensor | None, ...]:
     """Triton's outputs as the reference's."""
     *values, n_iter, history = outputs
@@ -36,8 +51,12 @@ def _completed(outputs: tuple[Tensor, ...], epsilon: float, max_iter: int, tol: 
     return *values, n_iter, reference.converged(values[-1], tol), history if keep_history else None
 
 
-def _cuda_fwd(cost: Tensor, a: Tensor | None, b: Tensor | None, *options: object) -> tuple[Tensor, ...]:
+def _cuda_kernel(cost: Tensor, a: Tensor | None, b: Tensor | None, *options: object) -> tuple[Tensor, ...]:
     return torch.ops.helo_fast_cuda.sinkhorn_fwd(*_contiguous(cost, a, b), *options)
+
+
+def _cuda_fwd(*arguments: object) -> tuple[Tensor | None, ...]:
+    return _with_partners(_cuda_kernel, *arguments)
 
 
 def _cuda_implicit_bwd(cost, a, b, plan, grad_plan, grad_f, grad_g, grad_cost, *options: object) -> tuple[Tensor, ...]:
@@ -47,10 +66,14 @@ def _cuda_implicit_bwd(cost, a, b, plan, grad_plan, grad_f, grad_g, grad_cost, *
     return torch.ops.helo_fast_cuda.sinkhorn_implicit_bwd(cost, a, b, plan, grad_plan, grad_f, grad_g, grad_cost, *options)
 
 
-def _triton_fwd(cost: Tensor, a: Tensor | None, b: Tensor | None, *options: object) -> tuple[Tensor, ...]:
+def _triton_kernel(cost: Tensor, a: Tensor | None, b: Tensor | None, *options: object) -> tuple[Tensor | None, ...]:
     from ...kernels import sinkhorn as kernels  # imported here: triton is optional and slow to import
 
     return _completed(kernels.sinkhorn_fwd(cost, *reference.marginals(cost, a, b), *options), *options)
+
+
+def _triton_fwd(*arguments: object) -> tuple[Tensor | None, ...]:
+    return _with_partners(_triton_kernel, *arguments)
 
 
 def _triton_implicit_bwd(cost: Tensor, *inputs_and_options: object) -> tuple[Tensor, ...]:

@@ -21,6 +21,12 @@ def marginals(cost: Tensor, a: Tensor | None, b: Tensor | None) -> tuple[Tensor,
     return cost.new_full((batch, n), 1 / n) if a is None else a, cost.new_full((batch, m), 1 / m) if b is None else b
 
 
+def with_partners(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    """Masses [B, n] and [B, m], 0 where the other side has none at all: such an unbalanced problem moves nothing."""
+    both = (a > 0).any(-1, keepdim=True) & (b > 0).any(-1, keepdim=True)
+    return torch.where(both, a, 0), torch.where(both, b, 0)
+
+
 def _log_problem(cost: Tensor, a: Tensor, b: Tensor, epsilon: float) -> tuple[Tensor, Tensor, Tensor]:
     """(M, la, lb), with -inf wherever mass is zero (so that whatever stands in padding is never read)."""
     inside = (a > 0).unsqueeze(-1) & (b > 0).unsqueeze(-2)
@@ -50,7 +56,9 @@ def fwd(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None]:
     """(plan, f, g, transport_cost, marginal_error, n_iter, converged, history [B, max_iter, n + m] of (phi, gamma) if kept)."""
     batch, n, m = cost.shape
-    a, b = marginals(cost, a, b)
+    a, given_b = marginals(cost, a, b)
+    a, b = with_partners(a, given_b)
+    alone = (given_b - b).sum(-1)  # [B], the mass that finds no partner
     M, la, lb = _log_problem(cost, a, b, epsilon)
     to_columns = (M + la.unsqueeze(-1)).mT.contiguous()  # [B, m, n]: sums then run along the last axis, which torch does fastest
     to_rows = M + lb.unsqueeze(-2)  # [B, n, m]
@@ -70,14 +78,14 @@ def fwd(
             history[:, iteration - 1] = torch.cat([phi, gamma], -1)
         if tol is not None and (iteration % check_every == 0) and iteration < max_iter:
             plan = _plan(M, la, lb, phi, gamma)
-            done = running & (_marginal_error(plan, b, gamma, slope_b) <= tol)
+            done = running & (_marginal_error(plan, b, gamma, slope_b) + alone <= tol)
             n_iter = torch.where(done, iteration, n_iter).to(torch.int32)
             running = running & ~done
             if cost.device.type == "cpu" and not bool(running.any()):  # reading it on a GPU would synchronise
                 break
     plan = _plan(M, la, lb, phi, gamma)
     transport_cost = torch.where(plan > 0, plan * cost, 0).sum((-2, -1))
-    marginal_error = _marginal_error(plan, b, gamma, slope_b)
+    marginal_error = _marginal_error(plan, b, gamma, slope_b) + alone
     return plan, epsilon * phi, epsilon * gamma, transport_cost, marginal_error, n_iter, converged(marginal_error, tol), history
 
 
@@ -196,6 +204,7 @@ def unrolled_bwd(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Exact derivative of the iterations that ran: each is rebuilt from its stored potentials and reversed."""
     n = cost.shape[-2]
+    a, b = with_partners(a, b)
     M, la, lb = _log_problem(cost, a, b, epsilon)
     kappa_a, kappa_b = _damping(tau_a, epsilon), _damping(tau_b, epsilon)
     start = torch.where(a > 0, torch.zeros_like(a), -math.inf)
