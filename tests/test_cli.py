@@ -163,6 +163,7 @@ def test_one_line_keeps_what_was_wrong():
     )
     assert one_line(tree) == "--data: Problem with given class_path 'a.B': Option 'x' is not accepted"
     assert one_line("a\n  b") == "a b"
+    assert one_line("n_channels: not given\nGiven value: Namespace(places=None)") == "n_channels: not given"
 
 
 def test_two_runs_cannot_share_a_folder(tmp_path, capsys):

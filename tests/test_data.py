@@ -185,6 +185,15 @@ def test_bad_arguments(arguments, message):
         Own(**arguments).setup()
 
 
+def test_number_of_channels_is_asked_for():
+    class Bare(Own):
+        default_n_channels = None
+
+    with pytest.raises(ValueError, match=r"n_channels: not given: set --data.n_channels, or default_n_channels in the class Bare"):
+        Bare()
+    assert Bare(n_channels=3).dims["n_channels"] == 3
+
+
 def test_random_protocol_says_that_it_leaks():
     data = Own(protocol="random")
     with pytest.warns(UserWarning, match="protocol random leaks"):

@@ -4,6 +4,7 @@ import base64
 import io
 import json
 import re
+import shutil
 
 import matplotlib.image
 import numpy as np
@@ -14,7 +15,7 @@ import torch
 from helo_fast.train import figures
 from helo_fast.train.cli import main
 from helo_fast.train.fold import fold_folder
-from helo_fast.train.report import write_report
+from helo_fast.train.report import conditions, write_report
 
 NAMES = ("calm <b>", "tense", "sad", "glad")
 
@@ -107,6 +108,32 @@ def test_samples_are_the_best_the_median_and_the_worst_window(run, monkeypatch):
     means = seen["tables"][0]  # a trial named after its subject counts by its condition
     assert list(means.index) == ["clip 01", "clip 02"]
     np.testing.assert_allclose(means.loc["clip 01"], true[table.trial.str.endswith("clip 01").to_numpy()].mean(axis=0))
+
+
+def test_names_are_told_as_they_are_written(run, tmp_path, monkeypatch):
+    """No name is a missing value, a number, mathematics or a tag."""
+    out = shutil.copytree(run, tmp_path / "copy")
+    subjects, trials = {"S01": "NA", "S03": r"<i>$\frac$"}, {"S01/clip 01": "None", "S03/clip 01": "1e3", "S03/clip 02": r"$\frac$"}
+    for path in (out / "per_subject.csv", *out.glob("folds/*/*/predictions.csv")):
+        table = pd.read_csv(path).replace({"subject": subjects, "trial": trials})
+        table.rename(columns=lambda column: column.replace("tense", r"$\frac$")).to_csv(path, index=False)
+    drawn = []
+    monkeypatch.setattr(figures, "conditions", lambda *tables, draw=figures.conditions: drawn.extend(tables) or draw(*tables))
+    page = write_report(out).read_text()
+    assert list(drawn[0].index) == ["None", "S01/clip 02", "1e3", r"$\frac$"]
+    assert "<td>NA</td>" in page and r"<td>&lt;i&gt;$\frac$</td>" in page and "<i>" not in page
+
+
+@pytest.mark.parametrize(
+    ("subjects", "trials", "expected"),
+    [
+        (["S2", "S3"], ["S2/TSST", "S3/Fun"], ["TSST", "Fun"]),
+        (["1", "1", "2"], ["1", "12", "2"], ["1", "12", "2"]),  # clips: a subject's name may begin another's number
+        (["1", "2"], ["1_2", "1_2"], ["1_2", "1_2"]),  # not named after their subjects
+    ],
+)
+def test_a_trial_is_told_by_its_condition_where_all_begin_with_their_subjects(subjects, trials, expected):
+    assert conditions(pd.Series(subjects), pd.Series(trials)) == expected
 
 
 def test_plan_is_drawn_relative_to_the_uniform_one():

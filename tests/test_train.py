@@ -1,6 +1,7 @@
 """Training end to end on tiny synthetic data: what a fold writes, what a run sums up, and that an interrupted run goes on exactly."""
 
 import json
+import re
 import shutil
 import signal
 import subprocess
@@ -21,7 +22,7 @@ from helo_fast.train import summary
 from helo_fast.train.callbacks import History
 from helo_fast.train.cli import main
 from helo_fast.train.data.synthetic import SyntheticData
-from helo_fast.train.fold import fold_folder
+from helo_fast.train.fold import PARTS, fold_folder
 from helo_fast.train.module import HeLoModule
 
 SIZES = {"n_subjects": 3, "n_trials": 4, "n_windows": 3, "n_channels": 2, "dim_video": 8, "emotion_classes": 4}
@@ -233,6 +234,7 @@ def test_released_preset_in_bfloat16_with_clipped_gradients(tmp_path):
 def test_run_sums_up_folds_and_seeds(finished):
     metrics = read(finished / "metrics.json")
     assert metrics["complete"] and metrics["folds"] == ["S01", "S02", "S03"] and metrics["seeds"] == [0, 1]
+    assert metrics["windows"] == 36  # of the data, however many seeds are tested on them
     kl = np.array([[read(fold_folder(finished, s, f) / "metrics.json")["model"]["kl"] for f in metrics["folds"]] for s in (0, 1)])
     found = metrics["metrics"]["HeLo"]["kl"]
     np.testing.assert_allclose([found["mean"], found["sd"]], [kl.mean(), kl.std(ddof=1)])
@@ -258,6 +260,21 @@ def test_rerun_keeps_finished_folds_and_refuses_another_configuration(finished, 
     (out / "kept.txt").write_text("the user's own")
     assert train(out, "--folds", "S01", "--optimizer.lr", "0.5", "--overwrite") == 0
     assert [p.parent.name for p in out.glob("folds/*/*/metrics.json")] == ["S01"] and (out / "kept.txt").exists()
+
+
+def test_fold_that_lost_a_part_is_finished_again_with_the_same_numbers(finished, tmp_path, monkeypatch):
+    out = tmp_path / "copy"
+    shutil.copytree(finished, out)
+    lost = [fold_folder(out, 0, fold) / name for fold, name in zip(("S01", "S02", "S03"), PARTS, strict=True)]
+    for path in lost:
+        path.unlink()
+    shutil.rmtree(lost[0].parent / "checkpoints")  # this one trains again
+    with monkeypatch.context() as patch:
+        patch.setattr("helo_fast.train.fold._write", lambda *_: 1 / 0)
+        assert train(out, "--seeds", "0", "1") == 1
+    assert [path.parent.name for path in out.glob("folds/*/*/metrics.json") if path.parent.parent.name == "0"] == []
+    assert train(out, "--seeds", "0", "1") == 0
+    assert numbers(out) == numbers(finished) and all(path.exists() for path in lost)
 
 
 def test_changed_data_are_refused(finished, tmp_path, capsys):
@@ -358,6 +375,25 @@ def test_parallel_folds_of_ones_own_data_survive_the_failure_of_one(tmp_path, mo
     assert "fold S02, seed 0 failed: RuntimeError: S02 is broken" in error and "Traceback" in log.read_text()
     metrics = read("out/metrics.json")
     assert metrics["folds"] == ["S01", "S03"] and [e["fold"] for e in metrics["errors"]] == ["S02"]
+
+
+OWN_ARRAYS = """
+import numpy as np
+
+eeg, gsr, ppg, video = (np.random.default_rng(0).normal(size=(24, width)) for width in (36, 3, 4, 5))
+labels = np.random.default_rng(1).dirichlet([1, 1], 24)
+subject, trial = np.repeat(["Ann", "Ben", "Cai"], 8), np.tile(np.repeat(["clip 1", "clip 2"], 4), 3)
+"""
+
+
+def test_own_data_as_the_readme_has_them_are_trained_on(tmp_path, monkeypatch):
+    readme = Path(__file__).parents[1].joinpath("README.md").read_text()
+    example = next(code for code in re.findall(r"```python\n(.*?)```", readme, re.DOTALL) if "class MyData" in code)
+    (tmp_path / "readme_module.py").write_text(OWN_ARRAYS + example)
+    monkeypatch.chdir(tmp_path)
+    options = ["--model.feature_dim=16", "--epochs=1", "--jobs=1", "--quiet", "--baselines=false", "--out=out"]
+    assert main(["train", "--data", "readme_module.MyData", *options]) == 0
+    assert read("out/metrics.json")["folds"] == ["Ann", "Ben", "Cai"]
 
 
 def test_two_processes_score_every_window_once(tmp_path):

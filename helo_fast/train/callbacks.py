@@ -124,6 +124,12 @@ class History(Callback):
         metrics = trainer.callback_metrics
         row |= {name: float(value) for name, value in metrics.items() if name.startswith(("train_", "validation_"))}
         self.rows.append(row)
+        self._write(trainer)
+
+    def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._write(trainer)  # for a run that goes on after its last epoch, and whose file was lost
+
+    def _write(self, trainer: pl.Trainer) -> None:
         if trainer.is_global_zero:
             with replacing(self.path) as temporary:
                 pd.DataFrame(self.rows).to_csv(temporary, index=False)

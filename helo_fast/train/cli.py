@@ -55,7 +55,8 @@ def _fail(message: str) -> int:
 def one_line(message: str) -> str:
     """An error message as one line; of jsonargparse's trees of attempts, what was wrong with the one that was meant."""
     lines = [line.strip().removeprefix("- ") for line in message.splitlines()]
-    noise = ("Does not validate", "Subtypes:", "Errors:", "Expected a <class 'NoneType'>", "Given value type", "Given value: Nested")
+    noise = ("Does not validate", "Subtypes:", "Errors:", "Expected a <class 'NoneType'>", "Given value type")
+    noise += ("Given value: Namespace", "Given value: Nested")
     kept = [line for line in lines if line and not line.startswith(noise)]
     if len(kept) > 1 and kept[0].startswith("Parser key"):
         kept[0] = "--" + kept[0].split('"')[1] + ":"

@@ -13,6 +13,7 @@ from matplotlib.ticker import MaxNLocator
 TRUE, PREDICTED, MUTED, ACCENT = "#4c566a", "#d1701f", "#b9c0cb", "#2b6ca3"
 ANNOTATED = 12  # rows and columns up to which a heat map's cells carry their number
 MOST_TRIALS = 30
+PLAIN = {"parse_math": False}  # for names of the data set: matplotlib would take what is between two $ for mathematics
 
 
 def _figure(width: float, height: float) -> Figure:
@@ -65,8 +66,8 @@ def samples(rows: Sequence[tuple[str, np.ndarray, np.ndarray]], names: Sequence[
     for axes, (title, true, predicted) in zip(every, rows, strict=True):
         axes.bar(position - 0.2, true, 0.4, color=TRUE, label="true")
         axes.bar(position + 0.2, predicted, 0.4, color=PREDICTED, label="predicted")
-        axes.set_xticks(position, names, rotation=60, ha="right", rotation_mode="anchor", fontsize=8)
-        axes.set_title(title, fontsize=9)
+        axes.set_xticks(position, names, rotation=60, ha="right", rotation_mode="anchor", fontsize=8, **PLAIN)
+        axes.set_title(title, fontsize=9, **PLAIN)
         _tidy(axes)
     every[0].set_ylabel("share")
     every[-1].legend(frameon=False, fontsize=8)
@@ -131,7 +132,7 @@ def subjects(table: pd.DataFrame, model: str) -> Figure:
     for method in wide.columns.drop(model):
         axes.plot(wide[method], position, next(markers, "o"), color=MUTED, markersize=5, markeredgecolor="#7d8694", label=method)
     axes.plot(wide[model], position, "o", color=PREDICTED, markersize=8, label=model)
-    axes.set_yticks(position, wide.index)
+    axes.set_yticks(position, wide.index, **PLAIN)
     axes.set_ylim(-0.7, len(wide) - 0.3)
     axes.set(xlabel="KL (nats), lower is better", ylabel="subject")
     axes.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
@@ -141,8 +142,8 @@ def subjects(table: pd.DataFrame, model: str) -> Figure:
 
 def _heatmap(axes: Axes, value: np.ndarray, columns: Sequence[str], rows: Sequence[str], **options) -> object:
     image = axes.imshow(value, aspect="auto", interpolation="nearest", **options)
-    axes.set_xticks(range(len(columns)), columns, rotation=60, ha="right", rotation_mode="anchor", fontsize=8)
-    axes.set_yticks(range(len(rows)), rows, fontsize=8)
+    axes.set_xticks(range(len(columns)), columns, rotation=60, ha="right", rotation_mode="anchor", fontsize=8, **PLAIN)
+    axes.set_yticks(range(len(rows)), rows, fontsize=8, **PLAIN)
     if max(value.shape) <= ANNOTATED:
         for (i, j), number in np.ndenumerate(value):
             red, green, blue, _ = image.cmap(image.norm(number))

@@ -36,6 +36,7 @@ from helo_fast.train.module import HeLoModule
 from helo_fast.train.options import HeLoCLI
 
 MONITOR = "validation_kl"
+PARTS = ("history.csv", "predictions.csv", "arrays.npz")  # what the report reads beside metrics.json
 LOCK_SECONDS = 60  # a worker whose parent was killed notices at once; this is for a slow file system
 
 
@@ -45,9 +46,9 @@ def fold_folder(out: str | Path, seed: int, fold: str) -> Path:
 
 
 def finished(folder: Path) -> dict[str, Any] | None:
-    """The results of a fold that was finished, else None: ``metrics.json`` is the last file that a fold writes."""
+    """The results of a fold that was finished and has lost no part, else None: ``metrics.json`` is the last file that it writes."""
     path = folder / "metrics.json"
-    return read_json(path) if path.exists() else None
+    return read_json(path) if path.exists() and all((folder / part).exists() for part in PARTS) else None
 
 
 def quiet_lightning() -> None:
@@ -96,6 +97,8 @@ def train_fold(
     with FileLock(folder / ".lock", timeout=LOCK_SECONDS) if first else contextlib.nullcontext():
         results = finished(folder)
         if results is None:
+            if first:
+                (folder / "metrics.json").unlink(missing_ok=True)  # of a fold that lost a part: it is finished when all are new
             seed_everything(data.seed, workers=True, verbose=False)
             data.fold = fold
             module, predictions, results = _fit_and_test(cli, data, folder, progress_bar, tell)

@@ -57,6 +57,15 @@ def format_score(value: dict[str, float | None]) -> str:
     return f"{value['mean']:.4f}" + ("" if value["sd"] is None else f" +- {value['sd']:.4f}")
 
 
+def conditions(subjects: pd.Series, trials: pd.Series) -> list[str]:
+    """The trial names, or the conditions where a data set names every trial "subject/condition"."""
+    pairs = list(zip(subjects, trials, strict=True))
+    for separator in "/-_ ":
+        if all(trial.startswith(subject + separator) for subject, trial in pairs):
+            return [trial.removeprefix(subject + separator) for subject, trial in pairs]
+    return list(trials)
+
+
 def write_report(out: Path) -> Path:
     """Writes ``report.html`` of the run in ``out`` and returns its path.
 
@@ -64,7 +73,7 @@ def write_report(out: Path) -> Path:
         out: Folder with ``metrics.json``, ``per_subject.csv``, ``config.yaml`` and the folders of finished folds.
     """
     metrics = read_json(out / "metrics.json")
-    table = pd.read_csv(out / "per_subject.csv", dtype={"subject": str})
+    table = _table(out / "per_subject.csv")
     results = {path.parent: read_json(path) for path in out.glob("folds/*/*/metrics.json")}
     order = metrics["folds"].index
     results = dict(sorted(results.items(), key=lambda item: (item[1]["seed"], order(item[1]["fold"]))))
@@ -85,6 +94,11 @@ def write_report(out: Path) -> Path:
     path = out / "report.html"
     write_text(path, _PAGE.format(title=_text(title), body="\n".join(body)))
     return path
+
+
+def _table(path: Path) -> pd.DataFrame:
+    """A table of the run with its names as they were written: "007" is no number, and "NA" is not missing."""
+    return pd.read_csv(path, dtype={"subject": str, "trial": str}, keep_default_na=False, na_values="")
 
 
 def _text(value: object) -> str:
@@ -166,14 +180,13 @@ def _curves(results: dict[Path, dict[str, Any]]) -> list[str]:
 def _distributions(results: dict[Path, dict[str, Any]]) -> list[str]:
     first_seed = min(result["seed"] for result in results.values())
     files = [folder / "predictions.csv" for folder, result in results.items() if result["seed"] == first_seed]
-    table = pd.concat([pd.read_csv(file, dtype={"subject": str, "trial": str}) for file in files], ignore_index=True)
+    table = pd.concat([_table(file) for file in files], ignore_index=True)
     true, predicted = (
         table.filter(regex=f"^{kind}_").rename(columns=lambda column, kind=kind: column.removeprefix(f"{kind}_"))
         for kind in ("true", "predicted")
     )
     kl = FUNCTIONS["kl"](torch.from_numpy(true.to_numpy()), torch.from_numpy(predicted.to_numpy())).numpy()
-    # Where a data set names trials "subject/condition", the condition.
-    condition = [t.removeprefix(s).lstrip("/-_ ") or t for s, t in zip(table.subject, table.trial, strict=True)]
+    condition = conditions(table.subject, table.trial)
     order = np.argsort(kl, kind="stable")
     chosen = {"Best": order[0], "Median": order[len(order) // 2], "Worst": order[-1]}
     rows = [

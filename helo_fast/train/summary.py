@@ -46,7 +46,7 @@ def summarise(out: Path, cli: HeLoCLI, data: EmotionDataModule, results: list[di
             "normalise": data.normalise,
             "folds": list(dict.fromkeys(result["fold"] for result in results)),
             "seeds": list(dict.fromkeys(result["seed"] for result in results)),
-            "windows": int(scores.loc[scores.method == MODEL, "windows"].sum()),
+            "windows": int(scores.drop_duplicates("fold").windows.sum()),  # every seed and method is tested on the same
             "metrics": {method: aggregate(scores[scores.method == method]) for method in dict.fromkeys(scores.method)},
             "notes": merge_notes(results),
             "errors": [{"fold": fold, "seed": seed, "error": error} for (seed, fold), error in errors.items()],

@@ -88,6 +88,13 @@ def corrupt(root):
     path.write_bytes(content)
 
 
+def change_method(root):
+    path = root / "S2/S2_E4_Data.zip"
+    content = bytearray(path.read_bytes())
+    content[content.rindex(b"PK\x01\x02") + 10] = 99  # of the last file in the directory: a compression that nothing knows
+    path.write_bytes(content)
+
+
 def empty_member(root):
     with zipfile.ZipFile(root / "S2/S2_E4_Data.zip", "w") as archive:
         archive.writestr("ACC.csv", "1500000000, 1500000000, 1500000000\n32, 32, 32\n1,2,3\n")
@@ -99,6 +106,7 @@ def empty_member(root):
     [
         ("S2", truncate, "S2_E4_Data.zip is damaged or cut off.*download"),
         ("S2", corrupt, "S2_E4_Data.zip is damaged or cut off.*download"),
+        ("S2", change_method, "S2_E4_Data.zip is damaged or cut off.*download"),
         ("S2", empty_member, "S2_E4_Data.zip:BVP.csv has 0 lines"),
         ("S2", remove("S2/S2_E4_Data.zip"), "neither S2_E4_Data.zip nor the folder S2_E4_Data"),
         ("S2", remove("S2/S2_quest.csv"), "S2_quest.csv is missing"),

@@ -50,7 +50,8 @@ class _Rows(Dataset):
 class EmotionDataModule(pl.LightningDataModule):
     """Folds, normalisation and batches over an :class:`EmotionData`.
 
-    A subclass gives ``load`` and may override ``default_places`` and ``default_n_channels``. Batches are dicts
+    A subclass gives ``load`` and, since an array [N, features] does not tell the number of channels, ``default_n_channels``
+    (or n_channels at every use); it may override ``default_places``. Batches are dicts
     ``{"eeg": [B, C, dim], "gsr": [B, d], "ppg": [B, d], "video": [B, d], "labels": [B, K], "index": [B]}``, float32,
     ``index`` int64 being the row in ``data``. To go on to another fold, set ``fold`` and call ``setup`` again: the data
     are loaded once.
@@ -92,6 +93,11 @@ class EmotionDataModule(pl.LightningDataModule):
         self.batch_size, self.seed, self.num_workers = batch_size, seed, num_workers
         if set(self.places) != set(PLACES):
             raise ValueError(f"places: expected a modality for each of {', '.join(PLACES)}, got {self.places}")
+        if self.n_channels is None:
+            raise ValueError(
+                "n_channels: not given: set --data.n_channels, or default_n_channels in the class "
+                f"{type(self).__name__}, to the number of channels in the eeg place"
+            )
         for name, least in {"n_channels": 1, "batch_size": 1, "num_workers": 0, "seed": 0}.items():
             value = getattr(self, name)
             if not isinstance(value, int) or value < least:

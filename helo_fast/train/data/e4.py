@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import math
 import zipfile
-import zlib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -101,17 +100,18 @@ def _read_from_folder(folder: Path, stem: str) -> bytes:
 
 
 def _read_zip(path: Path) -> dict[str, tuple[float, np.ndarray]]:
-    parsed = {}
+    file = io.BytesIO(path.read_bytes())  # at once: what fails below is the content's fault, not the disk's
     try:
-        with zipfile.ZipFile(path) as archive:
+        with zipfile.ZipFile(file) as archive:
             members = {Path(name).name: name for name in archive.namelist()}
-            for stem in E4_FILES:
-                member = members.get(f"{stem}.csv")
-                if member is None:
-                    raise SubjectError(f"{path} has no {stem}.csv (it holds {sorted(members)}); download it again.")
-                parsed[stem] = _parse(archive.read(member), stem, f"{path}:{member}")
-    except (zipfile.BadZipFile, zlib.error, EOFError) as error:
+            found = {stem: archive.read(members[f"{stem}.csv"]) for stem in E4_FILES if f"{stem}.csv" in members}
+    except Exception as error:  # zipfile raises a dozen types for damaged files; all are passed on
         raise SubjectError(f"{path} is damaged or cut off ({error}); download it again.") from error
+    parsed = {}
+    for stem in E4_FILES:
+        if stem not in found:
+            raise SubjectError(f"{path} has no {stem}.csv (it holds {sorted(members)}); download it again.")
+        parsed[stem] = _parse(found[stem], stem, f"{path}:{members[f'{stem}.csv']}")
     return parsed
 
 
