@@ -254,6 +254,19 @@ def test_tiny_masses_get_the_implicit_gradient_of_the_converged_iterations(trans
     assert (actual - expected).abs().max() < 1e-9 * expected.abs().max()
 
 
+@pytest.mark.parametrize("sizes", ((4, 3), (3, 4)), ids=("rows", "columns"))
+def test_a_side_without_any_mass(sizes, device_for):
+    device, found = device_for("sinkhorn", "triton"), []
+    masses = {4: torch.tensor([[0.0] * 4, [0.1, 0.2, 0.3, 0.4]]), 3: torch.tensor([[0.2, 0.0, 0.8], [0.2, 0.3, 0.5]])}
+    cost = torch.rand(2, *sizes, generator=torch.Generator().manual_seed(0))
+    for backend in ("triton", "eager"):
+        leaves = [t.to(device).requires_grad_() for t in (cost, *(masses[size] for size in sizes))]
+        result = sinkhorn(*leaves, tau_a=1.0, tau_b=0.5, max_iter=20, tol=1e-3, backend=backend)
+        found.append((*result, *torch.autograd.grad((result.plan * (1 + cost.to(device))).sum() + result.f[1].sum(), leaves)))
+    for actual, expected in zip(*found):
+        assert torch.allclose(actual.double(), expected.double(), atol=1e-5) and not actual.isnan().any()
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device, and too many problems for the interpreter")
 def test_batch_beyond_65535():
