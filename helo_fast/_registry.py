@@ -150,7 +150,7 @@ def resolve(op: str, tensor: torch.Tensor, backend: str | None = None) -> Adapte
 
 def auto_choice(op: str, tensor: torch.Tensor) -> str:
     """The name that ``auto`` picks for ``op`` on ``tensor``."""
-    for name in _auto[op].get(tensor.device.type, ()):
+    for name in _auto[op].get("cpu" if tensor.is_cpu else tensor.device.type, ()):  # a device's type takes longer to ask for
         if _refusal(op, name, tensor) is None:
             return name
     return EAGER.name

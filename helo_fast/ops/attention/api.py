@@ -58,10 +58,10 @@ def lcd_attention(
         RuntimeError: the back end asked for cannot serve.
 
     Notes:
-        Gradients: q, k, v and bias, each summed over whatever it was broadcast over; deterministic; second derivatives are refused.
-        The logits of a row whose keys are all dropped have none, as the output does not depend on them (in float64 too: the rule
-        is explicit, not an addition of -1e12). A key masked by the bias never weighs more than a dropped one, and a row whose keys
-        are all masked gives zeros.
+        Gradients: q, k, v and bias, each summed over whatever it was broadcast over; deterministic; second and forward-mode derivatives
+        are refused. The logits of a row whose keys are all dropped have none, as the output does not depend on them (in float64 too:
+        the rule is explicit, not an addition of -1e12). A key masked by the bias never weighs more than a dropped one, and a row whose
+        keys are all masked gives zeros.
         Masks are Philox 4x32-10 in the layout of ``helo_fast/ops/attention/philox.py``: the same seed gives the same masks, bit for
         bit, on every back end, at every tiling, forward and backward. Probabilities are taken to the nearest multiple of 2^-16, and
         dropout scales by that of the probability taken, so that the weights keep their expectation.

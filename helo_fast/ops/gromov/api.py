@@ -83,7 +83,7 @@ def gromov_wasserstein(
 
     Notes:
         Gradients: gw_cost has its envelope gradient (its derivative at fixed plan) with respect to cost_x, cost_y and cost_xy, and none
-        with respect to a and b. plan and the diagnostics carry none. Second derivatives are refused.
+        with respect to a and b. plan and the diagnostics carry none. Second and forward-mode derivatives are refused.
         The problem is not convex: both methods look for a local solution. "proximal" restarts each inner problem from a plan of ones and
         may come to alternate between plans where epsilon is small: ``converged`` tells.
         Rows and columns of zero mass hold exact zeros in the plan, and their costs are not read.
@@ -172,7 +172,7 @@ def gromov_from_tokens(
 
     Notes:
         Gradients: gw_cost has its envelope gradient (at fixed plan, through the costs and their thresholds) with respect to x, y and
-        cost_xy. plan and the diagnostics carry none. Second derivatives are refused.
+        cost_xy. plan and the diagnostics carry none. Second and forward-mode derivatives are refused.
         Memory: "eager", "triton" and the backward hold the cost matrices, O(B (n^2 + n m + m^2)); the forward of "cpp" and "cuda" the plan
             alone.
 

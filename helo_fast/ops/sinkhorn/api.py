@@ -83,7 +83,7 @@ def sinkhorn(
     Notes:
         Rows and columns of zero mass hold exact zeros in the plan, potentials of -inf and zero gradients.
         In balanced problems f and g are defined up to (f + c, g - c): "implicit" drops the part of an incoming gradient along it.
-        Memory: O(B n m); "unrolled" adds O(B (n + m) max_iter). Second derivatives are refused.
+        Memory: O(B n m); "unrolled" adds O(B (n + m) max_iter). Second and forward-mode derivatives are refused.
         Potentials are those of POT's ``ot.bregman.sinkhorn_log(a, b, cost, epsilon)``: log_u = f / epsilon + log a and
         log_v = g / epsilon + log b, up to one constant moved from u to v; iterate for iterate, start POT at warmstart=(log a, 0).
 
