@@ -47,8 +47,8 @@ def residual_norm(
 
     Notes:
         Gradients: x, y, weight and bias; deterministic; second and forward-mode derivatives are refused. Saved for backward: x, y,
-        weight, mean and reciprocal deviation of each row, the seed. The mask is dropout's of ``helo_fast/ops/attention/philox.py``, x taken as a matrix
-        [rows, D] of problem 0: the same bits on every back end, forward and backward, whatever the number of threads.
+        weight, mean and reciprocal deviation of each row, the seed. The mask is dropout's of ``helo_fast/ops/attention/philox.py``, x
+        taken as a matrix [rows, D] of problem 0: the same bits on every back end, forward and backward, whatever the number of threads.
 
     Example:
         >>> import torch
