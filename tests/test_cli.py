@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
@@ -12,6 +13,7 @@ import yaml
 
 from helo_fast.train import summary
 from helo_fast.train.cli import main, one_line
+from helo_fast.train.data.synthetic import SyntheticData
 from helo_fast.train.fold import fold_folder
 from helo_fast.train.options import HeLoCLI, translate
 
@@ -109,7 +111,7 @@ def test_help_of_a_data_set_explains_its_options(capsys):
 
 
 def test_info_and_usage(capsys):
-    assert main(["info"]) == 0
+    assert main(["info"]) == 0 and main(["info", "--help"]) == 0
     assert torch.__version__ in capsys.readouterr().out
     assert main(["--help"]) == 0 and "evaluate" in capsys.readouterr().out
     assert main([]) == 2
@@ -134,11 +136,22 @@ def test_info_and_usage(capsys):
         (["train", *DATA, "--seeds", "1", "1"], "--seeds: expected different integers >= 0"),
         (["train", *DATA, "--jobs", "0"], "--jobs: expected at least 1"),
         (["train", *DATA, "--epochs", "0"], "--epochs: expected at least 1"),
+        (["train", *DATA, "--epochs", "-5"], "--epochs: expected at least 1"),
+        (["train", *DATA, "--seeds", "99999999999"], "--seeds: expected different integers >= 0 and <= 4294967295"),
+        (["train", *DATA, "--trainer.accelerator", "foo"], "--trainer.accelerator foo: Lightning refuses this"),
+        (["train", *DATA, "--trainer.devices", "0"], "--trainer.devices 0: Lightning refuses this"),
+        (["train", *DATA, "--trainer.limit_val_batches", "0"], "--trainer.limit_val_batches: 0 leaves early stopping nothing to go by"),
+        (["train", *DATA, "--trainer.limit_train_batches", "0"], "--trainer.limit_train_batches: 0 trains nothing"),
+        (["train", *DATA, "--trainer.limit_test_batches", "1"], "limit_test_batches"),
+        (["train", "--config", __file__], f"--config: {__file__} cannot be read as YAML"),
+        (["train", *DATA, "--out", __file__], f"--out: {__file__} cannot be a run's folder"),
+        (["train", *DATA, "--out", f"{__file__}/below"], f"--out: {__file__}/below cannot be a run's folder"),
         (["train", *DATA, "--jobs", "2", "--trainer.accelerator", "cpu", "--trainer.devices", "2"], "--jobs: 2 with several devices"),
         (["train", "--config", "no/such/file.yaml"], "File does not exist"),
         (["train", "--data", "wesad", "--data.root", "no/such/folder"], "no/such/folder"),
         (["predict", "--checkpoint", "no.ckpt", *DATA, "--output", "a.csv"], "--checkpoint: no.ckpt is no file"),
         (["predict", "--checkpoint", "no.ckpt", *DATA, "--output", "a.txt"], "--output: a.txt must end in .csv or .parquet"),
+        (["predict", "--checkpoint", "no.ckpt", *DATA, "--output", "a.csv", "--trainer.accelerator", "foo"], "--trainer.accelerator foo"),
         (["predict", "--checkpoint", "no.ckpt", *DATA], "--output: None must end in .csv or .parquet"),
         (["evaluate", "--checkpoint", "no.ckpt"], "--data: name a data set"),
     ),
@@ -146,7 +159,17 @@ def test_info_and_usage(capsys):
 def test_mistakes_are_told_in_one_line(argv, words, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert words in fails(capsys, *argv)
-    assert not list(tmp_path.glob("runs/*/folds"))
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name, words", (("foo", "unknown back end 'foo'"), ("cuda", "cuda cannot run here (")))
+@pytest.mark.parametrize("command", (["train", *DATA], ["predict", "--checkpoint", "no.ckpt", *DATA, "--output", "a.csv"]))
+def test_back_end_that_cannot_run_is_told_before_anything_is_written(command, name, words, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HELO_FAST_BACKEND", name)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert f"HELO_FAST_BACKEND: {words}" in fails(capsys, *command)
+    assert not list(tmp_path.iterdir())
 
 
 def test_debug_shows_where_an_error_comes_from(monkeypatch):
@@ -191,6 +214,38 @@ def test_evaluate_repeats_the_scores_of_the_fold(trained, tmp_path, capsys):
     assert f"{fold['model']['kl']:.4f}" in capsys.readouterr().out
 
 
+def test_evaluate_needs_only_the_subject_that_was_left_out(trained, tmp_path, monkeypatch):
+    load = SyntheticData.load
+
+    def load_one(self):
+        data = load(self)
+        rows = data.subject == "S02"
+        modalities = {name: value[rows] for name, value in data.modalities.items()}
+        return replace(data, modalities=modalities, labels=data.labels[rows], subject=data.subject[rows], trial=data.trial[rows])
+
+    monkeypatch.setattr(SyntheticData, "load", load_one)
+    command = ["evaluate", "--checkpoint", str(trained / "checkpoints" / "best.ckpt"), *DATA]
+    assert main([*command, "--output", str(tmp_path / "scores.json")]) == 0
+    written, fold = json.loads((tmp_path / "scores.json").read_text()), json.loads((trained / "metrics.json").read_text())
+    assert written["windows"] == 6 and written["metrics"]["kl"] == pytest.approx(fold["model"]["kl"], rel=1e-6)
+
+
+def test_evaluate_takes_the_batch_size_of_the_training_run(tmp_path, monkeypatch):
+    """Released predictions depend on the other rows of their batch."""
+    monkeypatch.setattr(summary, "write_report", lambda out: None)
+    options = ["--preset=released", "--batch-size=4", "--model.feature_dim=16", "--epochs=1", "--jobs=1", "--quiet", "--baselines=false"]
+    assert main(["train", *DATA, *options, "--folds", "S02", "--out", str(tmp_path)]) == 0
+    fold = fold_folder(tmp_path, 0, "S02")
+    command = ["evaluate", "--checkpoint", str(fold / "checkpoints" / "best.ckpt"), *DATA, "--output", str(tmp_path / "s.json")]
+
+    def kl(*given):
+        assert main([*command, *given]) == 0
+        return json.loads((tmp_path / "s.json").read_text())["metrics"]["kl"]
+
+    trained = json.loads((fold / "metrics.json").read_text())["model"]["kl"]
+    assert kl() == pytest.approx(trained, rel=1e-6) != kl("--batch-size=3")
+
+
 @pytest.mark.parametrize("suffix", ("csv", "parquet"))
 def test_predict_writes_a_row_per_window(trained, tmp_path, suffix):
     output = tmp_path / f"predictions.{suffix}"
@@ -201,6 +256,14 @@ def test_predict_writes_a_row_per_window(trained, tmp_path, suffix):
     assert list(table.columns) == ["subject", "trial", "index", *names]
     of_fold = pd.read_csv(trained / "predictions.csv")  # with the training run's normalisation these rows come out the same
     np.testing.assert_allclose(table[table.subject == "S02"][names], of_fold[names], atol=1e-6)
+
+
+@pytest.mark.parametrize("command", ("evaluate", "predict"))
+def test_output_that_cannot_be_written_is_named(trained, tmp_path, capsys, command):
+    (tmp_path / "file").touch()
+    for path in (tmp_path / "file" / "x.csv", "/proc/x.csv"):
+        argv = [command, "--checkpoint", str(trained / "checkpoints" / "best.ckpt"), *DATA, "--output", str(path)]
+        assert f"--output: {path} cannot be written" in fails(capsys, *argv)
 
 
 @pytest.mark.parametrize(

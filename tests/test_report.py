@@ -156,6 +156,11 @@ def test_learning_curves_mark_the_tested_epoch_and_average_common_epochs():
     assert points == [[[2.0, 1.0]], [[1.0, 1.0]]]
 
 
+def test_learning_curves_without_validation_draw_the_training_alone():
+    left, right = figures.learning_curves({"a": pd.DataFrame({"epoch": [0, 1], "train_kl": [3.0, 2.0]})}, {"a": 1}).axes
+    assert left.lines[1].get_ydata().tolist() == [3.0, 2.0] and np.isnan(right.lines[0].get_ydata()).all()
+
+
 def test_many_trials_are_cut_and_many_labels_go_without_numbers():
     table = pd.DataFrame(np.random.default_rng(0).random((50, 20)), index=[f"clip {i}" for i in range(50)])
     axes = figures.conditions(table, table).axes[0]

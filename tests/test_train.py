@@ -209,12 +209,27 @@ def test_without_early_stopping_the_last_weights_can_be_tested(tmp_path):
 
 def test_random_split_never_selects_by_test_rows(tmp_path):
     """Its validation rows are its test rows: the last epoch is tested, and the report says that the split leaks."""
-    with pytest.warns(UserWarning, match="leaks"):
-        assert train(tmp_path, "--split", "random", "--patience", "1", "--epochs", "4", "--folds", "S01") == 0
+    assert train(tmp_path, "--split", "random", "--patience", "1", "--epochs", "4", "--folds", "S01") == 0
     metrics = read(fold_folder(tmp_path, 0, "S01") / "metrics.json")
     assert metrics["epochs"] == 4 and metrics["tested"] == {"weights": "last", "epoch": 3}
     assert "best_possible" not in metrics
     assert any("leaks" in note for note in read(tmp_path / "metrics.json")["notes"])
+
+
+def test_random_split_tells_once_that_it_leaks(tmp_path, capsys, recwarn):
+    options = ("--split", "random", "--epochs", "1", "--folds", "S01", "S02", "--baselines", "false")
+    assert train(tmp_path, *options) == 0
+    assert capsys.readouterr().err.count("protocol random leaks") == 1
+    assert not any("leaks" in str(warning.message) for warning in recwarn)
+
+
+@pytest.mark.parametrize("precision", ("64-true", "bf16-true"))
+def test_weights_of_another_precision_are_scored(tmp_path, precision):
+    options = ("--trainer.precision", precision, "--epochs", "1", "--folds", "S01", "--baselines", "false")
+    assert train(tmp_path, *options) == 0
+    folder = fold_folder(tmp_path, 0, "S01")
+    np.testing.assert_allclose(np.load(folder / "arrays.npz")["plan"].sum(), 1, rtol=0.02)
+    HeLo.from_pretrained(folder / "model.safetensors")
 
 
 def test_released_preset_in_bfloat16_with_clipped_gradients(tmp_path):
@@ -284,6 +299,29 @@ def test_changed_data_are_refused(finished, tmp_path, capsys):
     (out / "data.json").write_text(json.dumps({**facts, "sha256": "0" * 64}))
     assert train(out, "--seeds", "0", "1") == 2
     assert "data have changed" in capsys.readouterr().err
+
+
+def test_files_that_were_cut_short_are_named_with_the_mend(finished, tmp_path, capsys):
+    out = tmp_path / "copy"
+    shutil.copytree(finished, out)
+    fold = str(fold_folder(out, 1, "S03").relative_to(out) / "metrics.json")
+    for name, content in ((fold, '{"fold": '), ("data.json", "{}"), ("data.json", ""), ("config.yaml", ""), ("config.yaml", "a: [")):
+        whole = (out / name).read_text()
+        (out / name).write_text(content)
+        assert train(out, "--seeds", "0", "1") == 2
+        error = capsys.readouterr().err
+        assert str(out / name) in error and ("delete it" in error or "--overwrite" in error) and error.count("\n") == 1
+        (out / name).write_text(whole)
+
+
+def test_run_that_has_trained_nothing_yet_may_change_its_configuration(tmp_path, monkeypatch):
+    def fail(*_):
+        raise RuntimeError("no memory")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(HeLoModule, "setup", fail)
+        assert train(tmp_path, "--folds", "S01") == 1
+    assert train(tmp_path, "--folds", "S01", "--optimizer.lr", "0.01", "--baselines", "false") == 0
 
 
 def test_config_file_is_the_same_run(finished, tmp_path):
@@ -369,8 +407,9 @@ class MyData(SyntheticData):
 def test_parallel_folds_of_ones_own_data_survive_the_failure_of_one(tmp_path, monkeypatch, capsys):
     (tmp_path / "my_module.py").write_text(MY_DATA)
     monkeypatch.chdir(tmp_path)
-    assert train("out", "--data", "my_module.MyData", "--epochs", "1", jobs=2) == 1
+    assert train("out", "--data", "my_module.MyData", "--split", "random", "--epochs", "1", jobs=2) == 1
     error = capsys.readouterr().err
+    assert error.count("protocol random leaks") == 1
     log = fold_folder("out", 0, "S02") / "log.txt"
     assert "fold S02, seed 0 failed: RuntimeError: S02 is broken" in error and "Traceback" in log.read_text()
     metrics = read("out/metrics.json")

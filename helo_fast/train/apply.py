@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,7 +19,7 @@ from helo_fast.train.data.base import EmotionDataModule
 from helo_fast.train.files import replacing, write_json
 from helo_fast.train.fold import prediction_table, quiet_lightning, score
 from helo_fast.train.module import DATA_KEY, HeLoModule, row_checksum
-from helo_fast.train.options import DATA_SKIP, translate
+from helo_fast.train.options import DATA_SKIP, check_backend, naming_trainer_options, translate
 from helo_fast.train.report import TITLES
 
 # What the data must share with the training run; the checkpoint's value stands where the option is left out.
@@ -51,6 +53,7 @@ def one_sentence(error: Exception) -> str:
 
 
 def _parse(command: str, description: str, argv: list[str], output_help: str) -> tuple[LightningArgumentParser, Namespace]:
+    check_backend()
     parser = LightningArgumentParser(
         prog=f"helo-fast {command}",
         description=description,
@@ -88,6 +91,8 @@ def _open(parser: LightningArgumentParser, config: Namespace) -> tuple[HeLoModul
         if given not in (None, defaults[name], needed):
             raise ValueError(f"--data.{name}: {given} does not fit the checkpoint, which was trained with {needed}")
         arguments[name] = needed
+    if arguments.get("batch_size") == defaults["batch_size"]:  # released predictions depend on the other rows of a batch
+        arguments.batch_size = trained.get("batch_size", arguments.batch_size)
     data = parser.instantiate(Namespace(data=config.data)).data
     data.seed = trained["seed"]
     for what, has, needs in (
@@ -99,20 +104,35 @@ def _open(parser: LightningArgumentParser, config: Namespace) -> tuple[HeLoModul
     return module, data, trained
 
 
-def _run(module: HeLoModule, loader: DataLoader, config: Namespace, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+def _trainer(parser: LightningArgumentParser, config: Namespace) -> Trainer:
     quiet_lightning()
+    with naming_trainer_options(parser, config):
+        return Trainer(**config.trainer.as_dict(), devices=1, logger=False, enable_progress_bar=False, enable_checkpointing=False)
+
+
+def _run(module: HeLoModule, loader: DataLoader, trainer: Trainer, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
     seed_everything(seed, workers=True, verbose=False)  # released draws random numbers in evaluation too
-    trainer = Trainer(**config.trainer.as_dict(), devices=1, logger=False, enable_progress_bar=False, enable_checkpointing=False)
     batches = trainer.predict(module, dataloaders=loader)
     return tuple(torch.cat([batch[name] for batch in batches]).cpu() for name in ("index", "predict"))
+
+
+@contextlib.contextmanager
+def _writing(output: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise ValueError(f"--output: {output} cannot be written ({error.strerror or error}): give another file") from error
 
 
 def evaluate(argv: list[str]) -> int:
     """``helo-fast evaluate``: prints the six metrics and writes them as JSON."""
     description = "Score a checkpoint: the six metrics, means over windows."
     parser, config = _parse("evaluate", description, argv, "JSON file; default: beside the checkpoint.")
+    trainer = _trainer(parser, config)
     module, data, trained = _open(parser, config)
-    if config.rows == "test":
+    # Of a subject that was left out every row is a test row, and nobody else's recordings are needed to find them.
+    every = config.rows == "all" or (trained["protocol"] == "loso" and data.fold_names() == [trained["fold"]])
+    if not every:
         if trained["fold"] not in data.fold_names():
             raise ValueError(f"--rows: these data lack {trained['fold']}, whose rows the checkpoint was not trained on: use --rows all")
         if trained["protocol"] != "loso" and row_checksum(data.data) != trained["rows"]:
@@ -122,11 +142,12 @@ def evaluate(argv: list[str]) -> int:
             )
         data.fold = trained["fold"]
     _normalise(data, trained)
-    index, predict = _run(module, data.test_dataloader() if config.rows == "test" else data.predict_dataloader(), config, data.seed)
+    index, predict = _run(module, data.predict_dataloader() if every else data.test_dataloader(), trainer, data.seed)
     scores = score(data.data.labels[index.numpy()], predict.numpy())
     output = Path(config.output or Path(config.checkpoint).with_suffix(f".{config.rows}.json"))
     facts = {"checkpoint": config.checkpoint, "fold": trained["fold"], "rows": config.rows, "windows": len(index)}
-    write_json(output, {**facts, "metrics": scores})
+    with _writing(output):
+        write_json(output, {**facts, "metrics": scores})
     for name, value in scores.items():
         print(f"{TITLES[name]:14}{value:.4f}")
     print(f"means over {len(index)} windows; written to {output}")
@@ -140,10 +161,11 @@ def predict(argv: list[str]) -> int:
     output = Path(config.output or "")
     if output.suffix not in (".csv", ".parquet"):
         raise ValueError(f"--output: {config.output} must end in .csv or .parquet")
+    trainer = _trainer(parser, config)
     module, data, trained = _open(parser, config)
     _normalise(data, trained)
-    table = prediction_table(data, *_run(module, data.predict_dataloader(), config, trained["seed"]))
-    with replacing(output) as temporary:
+    table = prediction_table(data, *_run(module, data.predict_dataloader(), trainer, trained["seed"]))
+    with _writing(output), replacing(output) as temporary:
         table.to_csv(temporary, index=False) if output.suffix == ".csv" else table.to_parquet(temporary, index=False)
     print(f"{len(table)} windows written to {output}")
     return 0

@@ -84,6 +84,9 @@ def _predict(argv: list[str]) -> int:
 def _info(argv: list[str]) -> int:
     import helo_fast
 
+    if argv in (["-h"], ["--help"]):
+        print("usage: helo-fast info\n\nVersions, back ends, and which of them is used. It takes no options.")
+        return 0
     if argv:
         raise ValueError(f"info takes no options, got {' '.join(argv)}")
     helo_fast.info()

@@ -33,6 +33,8 @@ def learning_curves(histories: dict[str, pd.DataFrame], tested: dict[str, int]) 
         histories: label of a fold and seed -> its ``history.csv``.
         tested: the same labels -> the epoch whose weights were tested.
     """
+    # A run may have been told to validate seldom or never: what is missing is not drawn.
+    histories = {label: history.reindex(columns=["epoch", "train_kl", "validation_kl"]) for label, history in histories.items()}
     figure = _figure(10, 3.6)
     left, right = figure.subplots(1, 2, sharex=True)
     for axes, column, title in (

@@ -57,7 +57,7 @@ def quiet_lightning() -> None:
         logging.getLogger(name).setLevel(logging.WARNING)
     for message in (".*does not have many workers.*", ".*exists and is not empty.*", ".*isinstance.treespec, LeafSpec.*"):
         warnings.filterwarnings("ignore", message)
-    warnings.filterwarnings("once", ".*random leaks.*")  # of the data, at every fold
+    warnings.filterwarnings("ignore", ".*random leaks.*")  # of the data, at every fold: the run tells it once
 
 
 def score(p: np.ndarray, q: np.ndarray) -> dict[str, float]:
@@ -194,10 +194,11 @@ def prediction_table(data: EmotionDataModule, index: Tensor, predict: Tensor) ->
 def _interior(module: HeLoModule, data: EmotionDataModule, rows: np.ndarray) -> dict[str, np.ndarray]:
     """Means over ``rows`` of the transport plan [2C, 2C] and of the label correlations [K, K], learned and in the data."""
     model = module.model.cpu().eval()
+    dtype = next(model.parameters()).dtype  # --trainer.precision may have changed it
     sums: dict[str, Tensor] = {}
     for some in torch.from_numpy(rows).split(data.batch_size):
-        inputs = [data.tensors[place][some] for place in PLACES]
-        _, learned, given = model(*inputs, labels=data.tensors["labels"][some])
+        *inputs, labels = (data.tensors[name][some].to(dtype) for name in (*PLACES, "labels"))
+        _, learned, given = model(*inputs, labels=labels)
         batch = {"plan": model.transport_plan(*inputs), "learned_correlation": learned, "data_correlation": given}
         for name, value in batch.items():
             total = value.double().sum(0) if value.ndim == 3 else value.double() * len(some)

@@ -146,6 +146,7 @@ def describe_data(data: Any) -> dict[str, Any]:
         "fold": data.current.fold,
         "seed": data.seed,
         "validation": data.validation,
+        "batch_size": data.batch_size,
         "normalise": data.normalise,
         "normalisation": {name: torch.as_tensor(value) for name, value in data.normalisation.items()},
     }

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,7 +14,7 @@ from jsonargparse import DefaultHelpFormatter, Namespace
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
-from helo_fast import __version__
+from helo_fast import __version__, _registry
 from helo_fast.model import HeLoConfig
 from helo_fast.train.data import DATASETS, resolve
 from helo_fast.train.data.base import EmotionDataModule
@@ -27,10 +29,12 @@ SHORTHANDS = {
 }
 SHORT_FLAGS = {"--skip-bad-subjects": "--data.skip_bad_subjects=true", "--allow-pickle": "--data.allow_pickle=true"}
 
-# Set by the run itself: folder, fold and seed; or without sense here, as every fold needs its checkpoints.
+# Set by the run itself: folder, fold and seed; or without sense here, as every fold needs its checkpoints and all its test rows.
 TRAINER_SKIP = {"default_root_dir", "enable_checkpointing", "fast_dev_run", "barebones", "enable_progress_bar"}
+TRAINER_SKIP |= {"limit_test_batches", "limit_predict_batches"}
 DATA_SKIP = {"fold", "seed"}
 FROM_DATA = {"n_channels", "dim_eeg", "dim_gsr", "dim_ppg", "dim_video", "emotion_classes"}
+MOST_SEED = 2**32 - 1  # numpy's
 
 # Not part of what a run computes: a run may go on with other values of these.
 PRESENTATION = {"out", "jobs", "quiet", "overwrite"}
@@ -87,13 +91,37 @@ def _named_in_file(path: str) -> str:
     """A configuration file, or its content where its ``data`` is a short name that Lightning's CLI cannot resolve."""
     if not Path(path).is_file():
         return path
-    content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    try:
+        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"--config: {path} cannot be read as YAML, mend it: {error}") from error
     data = content.get("data") if isinstance(content, dict) else None
     given = data.get("class_path") if isinstance(data, dict) else data
     if not isinstance(given, str):
         return path
     content["data"] = {**(data if isinstance(data, dict) else {}), "class_path": class_path(given)}
     return yaml.safe_dump(content)
+
+
+def check_backend() -> None:
+    """Raises ValueError where HELO_FAST_BACKEND asks for a back end that is unknown or cannot run here."""
+    name = _registry.requested(None)
+    reason = None if name == _registry.AUTO else _registry.BACKENDS[name].unavailable()
+    if reason is not None:
+        raise ValueError(f"{_registry.ENVIRONMENT_VARIABLE}: {name} cannot run here ({reason}): choose another, or unset it")
+
+
+@contextlib.contextmanager
+def naming_trainer_options(parser: LightningArgumentParser, config: Namespace) -> Iterator[None]:
+    """What Lightning has against a trainer, as an error that names the options that were given."""
+    try:
+        yield
+    except Exception as error:  # Lightning and torch raise many types
+        defaults = parser.get_defaults().trainer
+        changed = {name: value for name, value in config.trainer.items() if value != defaults[name]}
+        changed.pop("max_epochs", None)  # checked before
+        given = " ".join(f"--trainer.{name} {value}" for name, value in changed.items()) or "--trainer"
+        raise ValueError(f"{given}: Lightning refuses this, change it or leave it out: {error}") from error
 
 
 class _Formatter(DefaultHelpFormatter, argparse.RawDescriptionHelpFormatter):
@@ -181,10 +209,17 @@ class HeLoCLI(LightningCLI):
         for name, least in (("patience", 0), ("jobs", 1)):
             if config[name] is not None and config[name] < least:
                 raise ValueError(f"--{name}: expected at least {least}, got {config[name]}")
-        if config.trainer.max_epochs == 0:
-            raise ValueError("--epochs: expected at least 1, or -1 with --trainer.max_steps or --trainer.max_time, got 0")
-        if len(set(config.seeds)) < len(config.seeds) or min(config.seeds, default=-1) < 0:
-            raise ValueError(f"--seeds: expected different integers >= 0, got {config.seeds}")
+        epochs = config.trainer.max_epochs
+        if epochs is not None and epochs < 1 and epochs != -1:
+            raise ValueError(f"--epochs: expected at least 1, or -1 with --trainer.max_steps or --trainer.max_time, got {epochs}")
+        for name in ("max_steps", "limit_train_batches"):
+            if config.trainer[name] == 0:
+                raise ValueError(f"--trainer.{name}: 0 trains nothing: give more, or leave it out")
+        if config.trainer.limit_val_batches == 0 and config.patience:
+            raise ValueError("--trainer.limit_val_batches: 0 leaves early stopping nothing to go by: add --patience 0")
+        seeds = config.seeds
+        if len(set(seeds)) < len(seeds) or min(seeds, default=-1) < 0 or max(seeds) > MOST_SEED:
+            raise ValueError(f"--seeds: expected different integers >= 0 and <= {MOST_SEED}, got {seeds}")
 
     def instantiate_classes(self) -> None:
         """Nothing yet: a model's sizes are known when the data are loaded."""
@@ -215,10 +250,11 @@ class HeLoCLI(LightningCLI):
 
     def make_trainer(self, callbacks: list[Callback], plugins: list[Any], **overrides: Any) -> Trainer:
         """The configured trainer, with ``callbacks`` and ``plugins`` added to those of the user."""
-        options = dict(self.parser.instantiate(Namespace(trainer=self.config.trainer)).trainer)
-        for name, added in (("callbacks", callbacks), ("plugins", plugins)):
-            given = options.get(name) or []
-            options[name] = [*(given if isinstance(given, list) else [given]), *added]
-        if self.config.preset == "released" and options.get("strategy") == "ddp":
-            options["strategy"] = "ddp_find_unused_parameters_true"  # released has a layer that it never uses
-        return Trainer(**{**options, **overrides})
+        with naming_trainer_options(self.parser, self.config):
+            options = dict(self.parser.instantiate(Namespace(trainer=self.config.trainer)).trainer)
+            for name, added in (("callbacks", callbacks), ("plugins", plugins)):
+                given = options.get(name) or []
+                options[name] = [*(given if isinstance(given, list) else [given]), *added]
+            if self.config.preset == "released" and options.get("strategy") == "ddp":
+                options["strategy"] = "ddp_find_unused_parameters_true"  # released has a layer that it never uses
+            return Trainer(**{**options, **overrides})

@@ -20,9 +20,10 @@ from lightning.pytorch.utilities import rank_zero_only
 from tqdm import tqdm
 
 from helo_fast.train.data.base import EmotionDataModule
+from helo_fast.train.data.splits import RANDOM_LEAKS
 from helo_fast.train.files import read_json, write_json, write_text
-from helo_fast.train.fold import finished, fold_folder, train_fold
-from helo_fast.train.options import PRESENTATION, HeLoCLI
+from helo_fast.train.fold import finished, fold_folder, quiet_lightning, train_fold
+from helo_fast.train.options import PRESENTATION, HeLoCLI, check_backend
 from helo_fast.train.summary import metrics_table, summarise
 from helo_fast.train.workers import LOG, Task, train_parallel
 
@@ -41,14 +42,21 @@ def train(argv: list[str]) -> int:
     out, first = Path(cli.config.out), rank_zero_only.rank == 0
     data = cli.make_data(cli.config.seeds[0])
     folds = _folds(cli, data)
-    cli.make_module(data)  # options that no model can have are told now, not once per fold
+    tasks = [(seed, fold) for seed in cli.config.seeds for fold in folds]
+    # Options that no fold can be trained with are told now, not once per fold.
+    quiet_lightning()
+    check_backend()
+    cli.make_module(data)
+    cli.make_trainer([], [])
+    jobs = _jobs(cli, len(tasks))  # of all folds, not of those that wait: the last digits depend on the number of threads
     with _process_group(cli), _claim(out, cli.config.overwrite) if first else contextlib.nullcontext():
         if first:
             _settle(out, cli, data)
         if torch.distributed.is_initialized():
             torch.distributed.barrier()
-        tasks = [(seed, fold) for seed in cli.config.seeds for fold in folds]
-        errors = _train(cli, data, tasks)
+        if first and data.protocol == "random":
+            print(f"helo-fast: {RANDOM_LEAKS}", file=sys.stderr)
+        errors = _train(cli, data, tasks, jobs)
         if not first:
             return 1 if errors else 0
         results = [r for seed, fold in tasks if (r := finished(fold_folder(out, seed, fold))) is not None]
@@ -100,12 +108,14 @@ def _process_group(cli: HeLoCLI) -> Iterator[None]:
 @contextlib.contextmanager
 def _claim(out: Path, overwrite: bool) -> Iterator[None]:
     """The run's folder, for this process alone; emptied of an earlier run where asked."""
-    out.mkdir(parents=True, exist_ok=True)
     lock = FileLock(out / ".lock", timeout=0)
     try:
+        out.mkdir(parents=True, exist_ok=True)
         lock.acquire()
     except Timeout as error:
         raise ValueError(f"--out: another helo-fast train is at work in {out}: wait for it, or choose another --out") from error
+    except OSError as error:
+        raise ValueError(f"--out: {out} cannot be a run's folder ({error.strerror}): choose another --out") from error
     try:
         if overwrite:
             for name in OWNED:
@@ -118,26 +128,38 @@ def _claim(out: Path, overwrite: bool) -> Iterator[None]:
 
 def _settle(out: Path, cli: HeLoCLI, data: EmotionDataModule) -> None:
     """Writes ``config.yaml`` and ``data.json``, or holds this run to those of the run that is to go on."""
-    mend = f"choose another --out, or --overwrite to replace the run in {out}"
-    config = cli.dump()
-    if (out / CONFIG).exists():
-        old, new = (_flat(yaml.safe_load(text)) for text in ((out / CONFIG).read_text(encoding="utf-8"), config))
-        differences = [
-            f"{key}: {old.get(key, 'default')} there, {new.get(key, 'default')} here"
-            for key in sorted(old.keys() | new.keys())
-            if old.get(key) != new.get(key) and key not in PRESENTATION
-        ]
-        if differences:
-            raise ValueError(f"--out: {out} holds a run with another configuration ({'; '.join(differences)}): {mend}")
-    elif (out / "folds").exists():
-        raise ValueError(f"--out: {out} holds folds but no {CONFIG}: {mend}")
-    facts = describe(data)
-    if (out / DATA).exists() and (digest := read_json(out / DATA)["sha256"]) != facts["sha256"]:
-        raise ValueError(
-            f"--out: the data have changed since the run in {out} began (sha256 {digest[:12]} then, {facts['sha256'][:12]} now): {mend}"
-        )
+    config, facts = cli.dump(), describe(data)
+    if any((*out.glob("folds/*/*/checkpoints/*.ckpt"), *out.glob("folds/*/*/metrics.json"))):  # else no number is there yet
+        _compare(out, config, facts["sha256"])
     write_text(out / CONFIG, config)
     write_json(out / DATA, facts)
+
+
+def _compare(out: Path, config: str, sha256: str) -> None:
+    """Refuses to go on with another configuration or other data than those of the run in ``out``."""
+    mend = f"choose another --out, or --overwrite to replace the run in {out}"
+    if not (out / CONFIG).exists():
+        raise ValueError(f"--out: {out} holds folds but no {CONFIG}: {mend}")
+    try:
+        old, new = (_flat(yaml.safe_load(text)) for text in ((out / CONFIG).read_text(encoding="utf-8"), config))
+    except (yaml.YAMLError, ValueError, AttributeError) as error:
+        raise ValueError(f"--out: {out / CONFIG} is empty or broken: {mend}") from error
+    differences = [
+        f"{key}: {old.get(key, 'default')} there, {new.get(key, 'default')} here"
+        for key in sorted(old.keys() | new.keys())
+        if old.get(key) != new.get(key) and key not in PRESENTATION
+    ]
+    if differences:
+        raise ValueError(f"--out: {out} holds a run with another configuration ({'; '.join(differences)}): {mend}")
+    if not (out / DATA).exists():
+        return
+    facts = read_json(out / DATA)
+    if not isinstance(facts, dict) or not isinstance(digest := facts.get("sha256"), str):
+        raise ValueError(f"--out: {out / DATA} has no sha256 of the data: {mend}")
+    if digest != sha256:
+        raise ValueError(
+            f"--out: the data have changed since the run in {out} began (sha256 {digest[:12]} then, {sha256[:12]} now): {mend}"
+        )
 
 
 def _flat(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -170,16 +192,14 @@ def describe(data: EmotionDataModule) -> dict[str, Any]:
 # ---- training
 
 
-def _train(cli: HeLoCLI, data: EmotionDataModule, tasks: list[Task]) -> dict[Task, str]:
-    """Trains what is not finished; returns the errors by task."""
+def _train(cli: HeLoCLI, data: EmotionDataModule, tasks: list[Task], jobs: int) -> dict[Task, str]:
+    """Trains what is not finished, ``jobs`` folds at a time; returns the errors by task."""
     config, out = cli.config, Path(cli.config.out)
     waiting = [task for task in tasks if finished(fold_folder(out, *task)) is None]
     if not waiting:
         return {}
     if len(waiting) < len(tasks) and not config.quiet:
         print(f"{out}: {len(tasks) - len(waiting)} of {len(tasks)} folds are finished already")
-    # Of all folds, not of those that wait: the last digits depend on the number of threads, and a resumed run must repeat them.
-    jobs = _jobs(cli, len(tasks))
     if jobs == 1:
         return _train_here(cli, data, waiting)
     threads = max(1, _cores() // jobs)
@@ -236,8 +256,8 @@ def _jobs(cli: HeLoCLI, tasks: int) -> int:
 class _Progress:
     """One line for all folds: epochs of the whole run, folds done, folds failed."""
 
-    def __init__(self, folds: int, done: int, epochs: int, quiet: bool) -> None:
-        self._epochs = max(epochs, 1)
+    def __init__(self, folds: int, done: int, epochs: int | None, quiet: bool) -> None:
+        self._epochs = max(epochs or 1, 1)  # not known where steps or time end the training
         self._folds, self._done, self._failed = folds, done, 0
         self._seen: dict[Task, int] = {}
         self._bar = tqdm(
