@@ -83,7 +83,9 @@ def shape(op: str, name: str, value: torch.Tensor, accepted: tuple[tuple[int, ..
 
 
 def positive(op: str, name: str, value: float, hint: str = "") -> float:
-    if isinstance(value, (int, float)) and 0 < value < math.inf:  # plain comparisons, so that torch.compile traces them
+    if type(value) is float and 0 < value < math.inf:  # at once, for the time of small calls; plain, so that torch.compile traces it
+        return value
+    if isinstance(value, (int, float)) and 0 < value < math.inf:
         return float(value)
     if isinstance(value, torch.Tensor):
         raise TypeError(f"{op}: {name} must be a Python number, got a tensor; use {name}.item()")
@@ -93,6 +95,8 @@ def positive(op: str, name: str, value: float, hint: str = "") -> float:
 
 
 def at_least(op: str, name: str, value: int, least: int) -> int:
+    if type(value) is int and value >= least:
+        return value
     if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
         raise TypeError(f"{op}: {name} must be an int, got {value!r}; use int({name})")
     if value < least:

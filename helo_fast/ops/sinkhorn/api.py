@@ -99,8 +99,9 @@ def sinkhorn(
     Problems", Mathematics of Computation 2018; Peyré and Cuturi, "Computational Optimal Transport", sections 4.2 to 4.4.
     """
     _checks.tensor(_NAME, "cost", cost, (2, 3), "[B, n, m] or [n, m]")
-    single = cost.dim() == 2
-    batch, n, m = (1, *cost.shape) if single else cost.shape
+    shape = cost.shape
+    single = len(shape) == 2
+    batch, n, m = (1, *shape) if single else shape
     if n == 0 or m == 0:
         raise ValueError(
             f"{_NAME}: cost has no {'rows' if n == 0 else 'columns'}, got {_checks.shape_text(cost)}; n and m must be at least 1"
