@@ -5,6 +5,7 @@ Environment: HELO_FAST_CUDA=0|1 (never | must), CUDA_HOME, TORCH_CUDA_ARCH_LIST,
 
 import os
 import shutil
+import subprocess
 import sys
 import sysconfig
 from glob import glob
@@ -13,7 +14,6 @@ from setuptools import Extension, find_packages, setup
 
 TORCH_TARGET = (2, 10)  # the stable ABI compiled against; the lower bound on torch in pyproject.toml says the same
 STABLE_ABI = f"-DTORCH_TARGET_VERSION={(TORCH_TARGET[0] << 56) | (TORCH_TARGET[1] << 48)}ULL"
-ARCHITECTURES = (os.environ.get("TORCH_CUDA_ARCH_LIST") or "8.0;9.0;10.0+PTX").replace(" ", ";").split(";")
 FLAGS = ["-O3", "-std=c++17", STABLE_ABI]
 # Python's own flags ask for debug information, most of a library's size.
 NO_DEBUG = [] if "-g" in os.environ.get("CFLAGS", "") else ["-g0"]
@@ -33,6 +33,18 @@ def find_nvcc():
     if wish == "1" and nvcc is None:
         sys.exit("HELO_FAST_CUDA=1, but nvcc was not found: put it on PATH or set CUDA_HOME")
     return None if wish == "0" else nvcc
+
+
+def architectures():
+    """TORCH_CUDA_ARCH_LIST, or Ampere, Hopper and Blackwell as far as nvcc knows them, and PTX for what comes after."""
+    if os.environ.get("TORCH_CUDA_ARCH_LIST"):
+        return os.environ["TORCH_CUDA_ARCH_LIST"].replace(" ", ";").split(";")
+    known = subprocess.run([find_nvcc(), "--list-gpu-arch"], capture_output=True, text=True).stdout.split() if find_nvcc() else ()
+    names = [name for name in ("8.0", "9.0", "10.0") if f"compute_{name.replace('.', '')}" in known] or ["8.0"]
+    return [*names[:-1], f"{names[-1]}+PTX"]
+
+
+ARCHITECTURES = architectures()
 
 
 def front_ends():

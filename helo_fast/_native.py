@@ -7,7 +7,7 @@ import importlib
 
 _BUILD_HINT = "it was not built at install time: install a C++17 compiler and run `pip install --force-reinstall --no-deps .` again"
 _CUDA_BUILD_HINT = (
-    "it was not built at install time: put nvcc on PATH (or set CUDA_HOME) and reinstall; HELO_FAST_CUDA=1 makes it an error to fail"
+    "it was not built at install time: put nvcc on PATH (or set CUDA_HOME) and reinstall with HELO_FAST_CUDA=1, which shows what fails"
 )
 
 

@@ -7,6 +7,7 @@ An operator's ``backends.py`` calls :func:`register` once per back end; the oper
 from __future__ import annotations
 
 import contextlib
+import functools
 import operator
 import os
 from collections.abc import Callable, Iterator, Mapping
@@ -48,6 +49,24 @@ def only_on(device: str) -> Callable[[torch.Tensor], str | None]:
     return lambda tensor: None if is_on(tensor) else f"it runs on {device} tensors, got {tensor.device.type}"
 
 
+LEAST_CAPABILITY, LEAST_SHARED = (8, 0), 163 * 1024  # of a device for csrc/cuda: an A100's
+
+
+def cuda_refuses(tensor: torch.Tensor) -> str | None:
+    """The ``refuses`` of the kernels in csrc/cuda."""
+    return _device_refuses(tensor.device.index) if tensor.is_cuda else f"it runs on cuda tensors, got {tensor.device.type}"
+
+
+@functools.cache
+def _device_refuses(index: int) -> str | None:
+    device = torch.cuda.get_device_properties(index)
+    capability, shared = (device.major, device.minor), device.shared_memory_per_block_optin
+    if capability >= LEAST_CAPABILITY and shared >= LEAST_SHARED:
+        return None
+    needs = f"compute capability {'.'.join(map(str, LEAST_CAPABILITY))} and {LEAST_SHARED >> 10} KB of shared memory for a block"
+    return f"it needs {needs}; {device.name} has {'.'.join(map(str, capability))} and {shared >> 10} KB"
+
+
 def triton_refuses(tensor: torch.Tensor) -> str | None:
     """The ``refuses`` of Triton's kernels where any shape is served."""
     if tensor.device.type != "cpu" or os.environ.get("TRITON_INTERPRET") == "1":
@@ -66,7 +85,10 @@ def _triton_unavailable() -> str | None:
 
 
 def _cuda_unavailable() -> str | None:
-    return _native.missing("_C_cuda") or (None if torch.cuda.is_available() else "no CUDA device is visible to torch")
+    if not torch.cuda.is_available():
+        return _native.missing("_C_cuda") or "no CUDA device is visible to torch"
+    reasons = [_device_refuses(index) for index in range(torch.cuda.device_count())]
+    return _native.missing("_C_cuda") or (None if None in reasons else reasons[0])
 
 
 EAGER = Backend("eager", lambda: None)

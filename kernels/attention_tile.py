@@ -54,8 +54,11 @@ def compiler_options(BLOCK: int, BLOCK_D: int, dtype: torch.dtype) -> dict[str, 
 
 
 def readable(t: Tensor) -> Tensor:
-    """t, or a copy where its rows are not contiguous or lie too far apart."""
-    return t if t.stride(-1) == 1 and t.stride(-2) < LARGEST_STRIDE else t.contiguous()
+    """t, or a copy where its rows are not contiguous, lie too far apart, or so that the batch decides how far: a kernel is compiled for
+    each distance between rows."""
+    every_batch = [t.shape[-1], *(count * t.shape[1] * t.shape[-1] for count in (1, 2, 3))]  # of heads alone, or joined, as q, k, v may be
+    row = t.stride(-2)
+    return t if t.stride(-1) == 1 and row < LARGEST_STRIDE and (row in every_batch or t.shape[-2] == 1) else t.contiguous()
 
 
 def strides(t: Tensor) -> list[int]:

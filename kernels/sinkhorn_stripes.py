@@ -2,7 +2,8 @@
 
 Each program has a stripe of rows. In a launch it adds up the column sums that all programs of its problem left in the last one, makes gamma
 of them as sinkhorn_rows.py does, and from that its rows' phi and their part of the plan's column sums. What a launch reads and what it
-writes are two buffers that change places. A problem that has met its tolerance is marked by its n_iter: its buffers are left alone.
+writes are two buffers that change places, the iteration after which a problem met its tolerance among them: its others are then left
+alone.
 
 Grid: x = problem, then stripe. There are PARTS stripes to a problem whatever the batch, so that a result does not depend on its
 batch-mates. Traffic: cost is read once an iteration and once at the end; each program reads PARTS rows of column sums.
@@ -86,10 +87,11 @@ def _sinkhorn_stripes_kernel(
     cost,  # [B, n, m], any strides
     a,  # [B, n], any strides
     b,  # [B, m], any strides
-    n_iter,  # [B], int32: 0 where the problem has not met its tolerance
-    phi,  # [B, n], as of the last launch
+    stopped,  # [B], int32, as of the last launch: 0 where the problem has not met its tolerance
+    phi,  # [B, n]
     gamma,  # [B, m]
     sums,  # [B, PARTS, m], 0 before the first
+    new_stopped,
     new_phi,
     new_gamma,
     new_sums,
@@ -124,14 +126,14 @@ def _sinkhorn_stripes_kernel(
         cost, a, b, strides, n, m, minus_inverse_epsilon, kappa_a, kappa_b, slope_a, slope_b, tol, COLUMNS, LANES, PARTS
     )
     kappa_a, kappa_b, slope_a, slope_b, tol = numbers
-    running = tl.load(n_iter + problem) == 0
+    after = tl.load(stopped + problem)
+    running = after == 0
     if running:
         total = _column_sums(sums, problem, j, m, PARTS)
         potential = tl.load(gamma + problem * m + j, mask=j < m, other=0.0)
         if (tol >= 0) & (iteration > 1) & ((iteration - 1) % check_every == 0):
             running = ~(_error(total, b, potential, slope_b) <= tol)
-            if ~running:
-                tl.store(n_iter + problem, iteration - 1)
+            after = tl.where(running, 0, iteration - 1)
         if running:
             potential = _next(space, phi + problem * n, potential, total, b, j, kappa_b, ROWS)
             beta = _with_mass(b, potential)
@@ -149,6 +151,8 @@ def _sinkhorn_stripes_kernel(
                 if kept > 0:
                     tl.store(past + i, row_potential * LN_2, mask=i < stop)
             tl.store(new_sums + (problem * PARTS + part) * m + j, tl.sum(moved, 1, keep_dims=True), mask=j < m)
+    if part == 0:
+        tl.store(new_stopped + problem, after)
 
 
 @triton.jit(do_not_specialize=["cost_stride_b", "cost_stride_n", "n", "m", "max_iter"])
@@ -156,7 +160,7 @@ def _sinkhorn_stripes_end_kernel(
     cost,  # [B, n, m], any strides
     a,  # [B, n], any strides
     b,  # [B, m], any strides
-    n_iter,  # [B], int32
+    stopped,  # [B], int32, as of the last launch
     phi,  # [2, B, n]: after iterations of even and of odd number
     gamma,  # [2, B, m]
     sums,  # [2, B, PARTS, m]
@@ -165,6 +169,7 @@ def _sinkhorn_stripes_end_kernel(
     g,  # [B, m]
     spent,  # [B, PARTS]
     marginal_error,  # [B]
+    n_iter,  # [B], int32
     cost_stride_b,
     cost_stride_n,
     cost_stride_m,
@@ -194,7 +199,7 @@ def _sinkhorn_stripes_end_kernel(
     kappa_a, kappa_b, slope_a, slope_b, _ = numbers
     unit = (tl.full((), epsilon, tl.float64) * LN_2).to(dtype)
     batch = tl.num_programs(0) // PARTS
-    iterations = tl.load(n_iter + problem)
+    iterations = tl.load(stopped + problem)
     iterations = tl.where(iterations > 0, iterations, max_iter)
     at = (iterations % 2) * batch + problem
     potential = tl.load(gamma + at * m + j, mask=j < m, other=0.0)
@@ -210,7 +215,6 @@ def _sinkhorn_stripes_end_kernel(
     if part == 0:
         tl.store(g + problem * m + j, unit * potential, mask=j < m)
         tl.store(marginal_error + problem, _error(_column_sums(sums, at, j, m, PARTS), b, potential, slope_b))
-        tl.debug_barrier()  # n_iter has been read; other programs make the same of either value
         tl.store(n_iter + problem, iterations)
 
 
@@ -225,20 +229,20 @@ def launch(cost: Tensor, a: Tensor, b: Tensor, outputs: tuple[Tensor, ...], coun
     n, m, max_iter, check_every, kept = counts
     epsilon, minus_inverse_epsilon, tol, *rest = numbers
     batch, parts = cost.shape[0], PARTS
-    n_iter.zero_()
+    stopped = n_iter.new_zeros(2, batch)
     phi, gamma = cost.new_zeros(2, batch, n), cost.new_zeros(2, batch, m)
     sums, spent = cost.new_zeros(2, batch, parts, m), cost.new_empty(batch, parts)
     strides = *cost.stride(), *a.stride(), *b.stride()
     options = {**_constants(), **compiler_options(BLOCK, DTYPE)}
     for iteration in range(1, max_iter + 1):
         old, new = (iteration - 1) % 2, iteration % 2
-        buffers = phi[old], gamma[old], sums[old], phi[new], gamma[new], sums[new]
+        buffers = [buffer[side] for side in (old, new) for buffer in (stopped, phi, gamma, sums)]
         _sinkhorn_stripes_kernel[(batch * parts,)](
-            *(cost, a, b, n_iter, *buffers, history, *strides, n, m, iteration, check_every, kept, minus_inverse_epsilon, tol, *rest),
+            *(cost, a, b, *buffers, history, *strides, n, m, iteration, check_every, kept, minus_inverse_epsilon, tol, *rest),
             **options,
         )
     _sinkhorn_stripes_end_kernel[(batch * parts,)](
-        *(cost, a, b, n_iter, phi, gamma, sums, plan, f, g, spent, marginal_error, *strides, n, m, max_iter),
+        *(cost, a, b, stopped[max_iter % 2], phi, gamma, sums, plan, f, g, spent, marginal_error, n_iter, *strides, n, m, max_iter),
         *(epsilon, minus_inverse_epsilon, *rest),
         **options,
     )
@@ -250,7 +254,8 @@ def variants() -> list[Variant]:
     found = []
     for kernel in (_sinkhorn_stripes_kernel, _sinkhorn_stripes_end_kernel):
         names = kernel.arg_names
-        tensors = dict.fromkeys(names[: names.index("cost_stride_b")], DTYPE) | {"n_iter": torch.int32}
+        tensors = dict.fromkeys(names[: names.index("cost_stride_b")], DTYPE)
+        tensors |= dict.fromkeys(tensors.keys() & {"stopped", "new_stopped", "n_iter"}, torch.int32)
         constants = {**_constants(), "cost_stride_m": 1, "a_stride_n": 1, "b_stride_m": 1}
         found.append(Variant(f"{kernel.__name__.strip('_')} float32 1024", kernel, tensors, constants, compiler_options(BLOCK, DTYPE)))
     return found

@@ -2,12 +2,14 @@
 
 import os
 import re
+import runpy
 import shutil
 import subprocess
 import sys
 import tarfile
 import zipfile
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -56,6 +58,24 @@ def test_import_is_light():
     assert done.returncode == 0 and "helo_fast" in loaded
     assert not loaded & {"triton", "lightning", "pandas", "scipy", "matplotlib", "safetensors", "ot"}, loaded
     assert "helo_fast._C" not in done.stdout.split()
+
+
+@pytest.mark.parametrize(
+    "known, wanted",
+    (("75 80 86 90 100 120", ["8.0", "9.0", "10.0+PTX"]), ("75 80 86 90", ["8.0", "9.0+PTX"])),  # nvcc 12.8 and later; before
+)
+def test_architectures_are_those_that_nvcc_knows(known, wanted, tmp_path, monkeypatch):
+    nvcc = tmp_path / "bin" / "nvcc"
+    nvcc.parent.mkdir()
+    nvcc.write_text("#!/bin/sh\nprintf 'compute_%s\\n' " + known)
+    nvcc.chmod(0o755)
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path))
+    for name in ("HELO_FAST_CUDA", "TORCH_CUDA_ARCH_LIST"):
+        monkeypatch.delenv(name, raising=False)
+    with mock.patch("setuptools.setup"):
+        assert runpy.run_path(str(ROOT / "setup.py"))["ARCHITECTURES"] == wanted
+        monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "8.6 9.0a+PTX")
+        assert runpy.run_path(str(ROOT / "setup.py"))["ARCHITECTURES"] == ["8.6", "9.0a+PTX"]
 
 
 @pytest.mark.parametrize("missing", ("lightning", "torchmetrics"))

@@ -1,13 +1,14 @@
 """sinkhorn: values against float64 and POT, every back end, dtype, case and layout."""
 
 import math
+from types import SimpleNamespace
 
 import ot
 import pytest
 import torch
 
 import helo_fast
-from helo_fast import sinkhorn
+from helo_fast import _registry, sinkhorn
 from helo_fast.testing import SINKHORN_CASES, assert_close, layouts
 
 BACKENDS = ("eager", "cpp", "cuda")  # triton runs under the interpreter in a process of its own: test_triton.py
@@ -183,6 +184,28 @@ def test_epsilon_of_1e_4_of_the_cost_in_float32(backend, device_for):
     actual, eager = sinkhorn(cost, **arguments, backend=backend), sinkhorn(cost, **arguments, backend="eager")
     assert actual.plan.isfinite().all() and torch.allclose(actual.plan.sum(-1), torch.full((4, 24), 1 / 24), rtol=1e-3)
     assert_close(actual.plan, exact.plan, eager.plan, "plan")
+
+
+@pytest.mark.parametrize(
+    "name, capability, kilobytes, reason",
+    (
+        ("A100", (8, 0), 163, None),
+        ("H200", (9, 0), 227, None),
+        ("T4", (7, 5), 64, "it needs compute capability 8.0 and 163 KB of shared memory for a block; T4 has 7.5 and 64 KB"),
+        ("L4", (8, 9), 99, "it needs compute capability 8.0 and 163 KB of shared memory for a block; L4 has 8.9 and 99 KB"),
+    ),
+)
+def test_devices_without_room_for_the_cuda_kernels(name, capability, kilobytes, reason, monkeypatch):
+    device = SimpleNamespace(name=name, major=capability[0], minor=capability[1], shared_memory_per_block_optin=kilobytes * 1024)
+    for function, value in (("get_device_properties", device), ("is_available", True), ("device_count", 1)):
+        monkeypatch.setattr(torch.cuda, function, lambda *_, value=value: value)
+    monkeypatch.setattr(_registry._native, "missing", lambda extension: None)
+    _registry._device_refuses.cache_clear()
+    try:
+        assert _registry.CUDA.unavailable() == reason
+        assert _registry.cuda_refuses(SimpleNamespace(is_cuda=True, device=SimpleNamespace(index=0))) == reason
+    finally:
+        _registry._device_refuses.cache_clear()
 
 
 def test_backend_choice(monkeypatch):

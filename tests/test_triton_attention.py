@@ -128,6 +128,18 @@ def test_joining_heads_copies_nothing(device):
         assert result.transpose(1, 2).is_contiguous()
 
 
+def test_a_kernel_is_not_compiled_for_each_batch_size():
+    """It is for each distance between rows: of q, k and v of their own, of heads joined, and of the three side by side in one tensor."""
+    from helo_fast.kernels.attention_tile import readable
+
+    B, H, n, d = 5, 2, 3, 4
+    few = torch.rand(B, H, n, d), torch.rand(B, n, H, d).transpose(1, 2), torch.rand(B, n, 3, H, d)[:, :, 1].transpose(1, 2)
+    assert all(readable(t) is t for t in few)
+    by_sequence = torch.rand(n, B, H, d).permute(1, 2, 0, 3)
+    copy = readable(by_sequence)
+    assert copy.is_contiguous() and torch.equal(copy, by_sequence)
+
+
 def test_opcheck(device):
     inputs, grad_out = attention_inputs(2, 1, 2, 3, 2, "n m", True, torch.float32, device)
     q, k, v, bias = inputs

@@ -143,6 +143,7 @@ class GromovTokens {
 
   // Extremes of the batch from those of the first kernel's blocks.
   HELO_FAST_HD void merge_extremes() {
+    team_.sync();  // the numbers have been cleared
     HELO_FAST_ROLLED
     for (int which = kRows; which <= kColumns; ++which) {
       const bool is_y = (which == kColumns) != x_.entropic;

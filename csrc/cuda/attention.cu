@@ -54,13 +54,11 @@ __global__ void __launch_bounds__(Grid::kLanes, resident<scalar, Grid, backward>
 // As many blocks as find room at once, of `teams` that have work: all take about the same time.
 template <typename Kernel>
 void start(Kernel* kernel, const AttentionBatch& x, int lanes, int64_t bytes, int64_t teams, int32_t device_index) {
-  cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes));
-  STD_TORCH_CHECK(error == cudaSuccess, "lcd_attention: ", bytes, " bytes of shared memory: ", cudaGetErrorString(error));
-  int room = 0;
-  error = cudaOccupancyMaxActiveBlocksPerMultiprocessor(&room, kernel, lanes, bytes);
-  STD_TORCH_CHECK(error == cudaSuccess && room > 0, "lcd_attention: no block finds room on a multiprocessor: ", cudaGetErrorString(error));
-  kernel<<<resident_blocks_for(teams, room, device_index), lanes, bytes, current_stream(device_index)>>>(x);
-  check_launch("lcd_attention");
+  const char* name = "lcd_attention";
+  allow_shared(kernel, name, bytes, device_index);
+  const unsigned blocks = resident_blocks_for(kernel, name, lanes, bytes, teams, device_index);
+  kernel<<<blocks, lanes, bytes, current_stream(device_index)>>>(x);
+  check_launch(name);
 }
 
 template <typename scalar>

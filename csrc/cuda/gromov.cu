@@ -53,38 +53,24 @@ __global__ void __launch_bounds__(Grid::kLanes, resident<scalar, Grid>()) gromov
   GromovTokens<scalar, Grid, Team>(x, memory, team).find_extremes_share(extremes + 4 * blockIdx.x, blockIdx.x, gridDim.x);
 }
 
-template <typename Kernel>
-void allow_shared(Kernel* kernel, int64_t bytes) {
-  const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes));
-  STD_TORCH_CHECK(error == cudaSuccess, "gromov: ", bytes, " bytes of shared memory: ", cudaGetErrorString(error));
-}
-
-// As many blocks as find room at once: all problems take about the same time.
-template <typename scalar, typename Grid>
-unsigned blocks_of(const GromovBatch<scalar>& x, int64_t bytes, int32_t device_index) {
-  int blocks = 0;
-  const cudaError_t error = cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, gromov_tokens<scalar, Grid>, Grid::kLanes, bytes);
-  STD_TORCH_CHECK(error == cudaSuccess && blocks > 0, "gromov: no block finds room on a multiprocessor: ", cudaGetErrorString(error));
-  return resident_blocks_for(x.batch, blocks, device_index);
-}
-
 // False where there is no kernel for the size.
 template <typename scalar>
 bool launch(GromovBatch<scalar> x, const Tensor& like, bool over_batch, int32_t device_index) {
   return with_gromov_grid<scalar>(x.spaces.n, x.spaces.m, [&](auto grid) {
     using Grid = decltype(grid);
     const int64_t bytes = GromovTokens<scalar, Grid, TeamOf<Grid::kLanes>>::shared_bytes(x);
-    allow_shared(gromov_tokens<scalar, Grid>, bytes);
-    const unsigned blocks = blocks_of<scalar, Grid>(x, bytes, device_index);
+    const auto kernel = gromov_tokens<scalar, Grid>;
+    allow_shared(kernel, "gromov_tokens", bytes, device_index);
+    const unsigned blocks = resident_blocks_for(kernel, "gromov_tokens", Grid::kLanes, bytes, x.batch, device_index);
     Tensor extremes = torch::stable::new_empty(like, {over_batch ? blocks : 0, 4});
     if (over_batch) {
-      allow_shared(gromov_extremes<scalar, Grid>, bytes);
+      allow_shared(gromov_extremes<scalar, Grid>, "gromov_extremes", bytes, device_index);
       auto* ends = static_cast<scalar*>(extremes.mutable_data_ptr());
       gromov_extremes<scalar, Grid><<<blocks, Grid::kLanes, bytes, current_stream(device_index)>>>(x, ends);
       check_launch("gromov_extremes");
       x.spaces.extremes = ends, x.extremes = blocks;
     }
-    gromov_tokens<scalar, Grid><<<blocks, Grid::kLanes, bytes, current_stream(device_index)>>>(x);
+    kernel<<<blocks, Grid::kLanes, bytes, current_stream(device_index)>>>(x);
     check_launch("gromov_tokens");
   });
 }

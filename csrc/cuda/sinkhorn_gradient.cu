@@ -38,11 +38,11 @@ __global__ void __launch_bounds__(kThreads, kResident) sinkhorn_gradient(const S
 
 template <typename scalar>
 void launch(const SinkhornGradientBatch<scalar>& x, int32_t device_index) {
-  const auto bytes = static_cast<int>(SinkhornGradient<scalar, Block<kThreads>>::shared_bytes(x.n, x.m));
-  const cudaError_t error = cudaFuncSetAttribute(sinkhorn_gradient<scalar>, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
-  STD_TORCH_CHECK(error == cudaSuccess, "sinkhorn_gradient: ", bytes, " bytes of shared memory: ", cudaGetErrorString(error));
-  const unsigned blocks = resident_blocks_for(x.batch, kResident, device_index);
-  sinkhorn_gradient<scalar><<<blocks, kThreads, bytes, current_stream(device_index)>>>(x);
+  const int64_t bytes = SinkhornGradient<scalar, Block<kThreads>>::shared_bytes(x.n, x.m);
+  const auto kernel = sinkhorn_gradient<scalar>;
+  allow_shared(kernel, "sinkhorn_gradient", bytes, device_index);
+  const unsigned blocks = resident_blocks_for(kernel, "sinkhorn_gradient", kThreads, bytes, x.batch, device_index);
+  kernel<<<blocks, kThreads, bytes, current_stream(device_index)>>>(x);
   check_launch("sinkhorn_gradient");
 }
 

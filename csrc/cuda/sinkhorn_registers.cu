@@ -32,9 +32,10 @@ template <typename scalar>
 bool launch(const SinkhornBatch<scalar>& x, int32_t device_index) {
   const auto start = [&](auto grid, auto general) {
     using Grid = decltype(grid);
-    const int room = resident<scalar, Grid, general>();
-    const unsigned blocks = x.tol < 0 ? resident_blocks_for(x.batch, room, device_index) : blocks_for(x.batch);
-    sinkhorn_registers<scalar, Grid, general><<<blocks, Grid::kLanes, 0, current_stream(device_index)>>>(x);
+    const auto kernel = sinkhorn_registers<scalar, Grid, general>;
+    const unsigned blocks =
+        x.tol < 0 ? resident_blocks_for(kernel, "sinkhorn_registers", Grid::kLanes, 0, x.batch, device_index) : blocks_for(x.batch);
+    kernel<<<blocks, Grid::kLanes, 0, current_stream(device_index)>>>(x);
     check_launch("sinkhorn_registers");
   };
   return with_grid<scalar>(x.n, x.m, [&](auto grid) { is_general(x) ? start(grid, std::true_type()) : start(grid, std::false_type()); });

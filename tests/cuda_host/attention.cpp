@@ -70,7 +70,7 @@ int solve() {
     using Grid = decltype(grid);
     using Team = HostTeam<Grid::kLanes>;
     using Solver = Attention<scalar, Grid, Team>;
-    if (Solver::shared_bytes(x, backward) > 163 * 1024) std::abort();  // what a block may have on sm_80
+    if (Solver::shared_bytes(x, backward) > kSharedBytes<Grid::kLanes>) std::abort();
     auto lanes = std::make_unique<Lanes<Grid::kLanes>>();
     for (int64_t block = 0; block < sizes[16]; ++block) {
       auto memory = unwritten<Bytes::value_type>(Solver::shared_bytes(x, backward));

@@ -29,7 +29,7 @@ template <typename Grid, typename scalar, typename Run>
 void on_blocks(const GromovBatch<scalar>& x, int64_t blocks, const Run& run) {
   using Team = HostTeam<Grid::kLanes>;
   using Solver = GromovTokens<scalar, Grid, Team>;
-  if (Solver::shared_bytes(x) > 163 * 1024) std::abort();  // what a block may have on sm_80
+  if (Solver::shared_bytes(x) > kSharedBytes<Grid::kLanes>) std::abort();
   auto lanes = std::make_unique<Lanes<Grid::kLanes>>();
   for (int64_t block = 0; block < blocks; ++block) {
     auto memory = unwritten<double>((Solver::shared_bytes(x) + 7) / 8);

@@ -118,6 +118,10 @@ class Lanes {
   size_t main_size_ = 0;
 };
 
+// What a block may have on sm_80 beside the shared memory that its lanes exchange through (Block::Shared of csrc/cuda/team.h).
+template <int lanes>
+constexpr int64_t kSharedBytes = 163 * 1024 - (lanes == 32 ? 0 : 2 * lanes * int64_t(sizeof(double)));
+
 // What one lane sees.
 template <int lanes>
 class HostTeam {

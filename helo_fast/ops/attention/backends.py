@@ -79,7 +79,7 @@ _registry.register(
         Adapter(EAGER, {"fwd": reference.fwd, "bwd": reference.bwd}),
         Adapter(CPP, {"fwd": _cpp_fwd, "bwd": _cpp_bwd}, _registry.only_on("cpu")),
         Adapter(TRITON, {"fwd": _triton_fwd, "bwd": _triton_bwd}, _triton_refuses),
-        Adapter(CUDA, {"fwd": _cuda_fwd, "bwd": _cuda_bwd}, _registry.only_on("cuda")),
+        Adapter(CUDA, {"fwd": _cuda_fwd, "bwd": _cuda_bwd}, _registry.cuda_refuses),
     ),
     # A GPU back end joins "cuda" with a results file from the hardware in benchmarks/results.
     auto={"cpu": ("cpp", "eager"), "cuda": ("eager",)},

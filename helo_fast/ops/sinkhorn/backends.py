@@ -103,7 +103,7 @@ _registry.register(
             {"fwd": _triton_fwd, "implicit_bwd": _triton_implicit_bwd, "unrolled_bwd": _triton_unrolled_bwd},
             _registry.triton_refuses,
         ),
-        Adapter(CUDA, {"fwd": _cuda_fwd, **_BACKWARDS, "implicit_bwd": _cuda_implicit_bwd}, _registry.only_on("cuda")),
+        Adapter(CUDA, {"fwd": _cuda_fwd, **_BACKWARDS, "implicit_bwd": _cuda_implicit_bwd}, _registry.cuda_refuses),
     ),
     # A GPU back end joins "cuda" with a results file from the hardware in benchmarks/results.
     auto={"cpu": ("cpp", "eager"), "cuda": ("eager",)},
