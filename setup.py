@@ -53,10 +53,10 @@ def front_ends():
     return [together] * bool(together) + [[name] for name in ARCHITECTURES if name not in together]
 
 
-def generate_code(architectures):
+def generate_code(names):
     """nvcc's options for one of front_ends(): "9.0" is machine code, "9.0+PTX" also PTX, "9.0-virtual" PTX alone, compiled as it loads."""
     codes = []
-    for name in architectures:
+    for name in names:
         number = name.removesuffix("+PTX").removesuffix("-virtual").replace(".", "")
         codes += [f"sm_{number}"] * (not name.endswith("-virtual")) + [f"compute_{number}"] * name.endswith(("+PTX", "-virtual"))
     return ["-gencode", f"arch=compute_{codes[0].partition('_')[2]},code=[{','.join(codes)}]"]
@@ -78,7 +78,7 @@ class Build(BuildExtension):
         output = self.get_ext_fullpath(extension.name)
         self.mkpath(os.path.dirname(output))
         flags = ["-shared", *FLAGS, "-Xcompiler", "-fPIC,-fvisibility=hidden", "-Xlinker", "--no-as-needed"]
-        flags += [option for architectures in front_ends() for option in generate_code(architectures)]
+        flags += [option for names in front_ends() for option in generate_code(names)]
         flags += ["--threads", os.environ.get("MAX_JOBS", "0"), *(f"-I{path}" for path in extension.include_dirs)]
         flags += [f"-I{sysconfig.get_path('include')}", *(f"-L{path}" for path in extension.library_dirs)]
         flags += [f"-l{name}" for name in extension.libraries]

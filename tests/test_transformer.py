@@ -189,6 +189,11 @@ def test_a_part_of_another_kind_is_called(calls):
     assert calls.pop()
     layer.feed_forward.w2 = torch.nn.Sequential(layer.feed_forward.w2)  # has no weight of its own
     assert torch.allclose(layer(*sets), expected, rtol=1e-4, atol=1e-5) and not calls
+    layer.feed_forward = torch.nn.Sequential(layer.feed_forward)  # has no w1 or w2
+    layer.attention.layer_norm = torch.nn.Sequential(layer.attention.layer_norm)
+    assert torch.allclose(layer(*sets), expected, rtol=1e-4, atol=1e-5) and not calls
+    layer.attention = torch.nn.Bilinear(128, 128, 128)
+    assert layer(*sets).shape == expected.shape and not calls
 
 
 def test_wrong_shapes_are_left_to_the_parts_to_name(calls):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.modules.module import _has_any_global_hook
+from torch.nn.modules import module as torch_module
 
 from .. import _registry
 from ..ops import transformer
@@ -43,6 +43,7 @@ def rates(config: HeLoConfig, training: bool) -> tuple[float, float]:
     return config.dropkey if training or config.dropkey_in_evaluation else 0.0, config.dropout if training else 0.0
 
 
+_has_any_global_hook = getattr(torch_module, "_has_any_global_hook", lambda: False)  # torch's own, not promised
 _HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
 
 
@@ -203,16 +204,16 @@ class TransformerLayer(nn.Module):
         beside: Tensor | None = None,  # like x: a second set of tokens for each sample
     ) -> Tensor:  # [B, n, D], or [2 B, n, D]: of each sample both sets
         attention, feed_forward = self.attention, self.feed_forward
-        dropkey, dropout = rates(attention.config, attention.training)
         parameters = self._parameters_of_one_piece()
-        same = rates(feed_forward.config, feed_forward.training)[1] == dropout  # one piece has but one rate
-        if parameters and same and transformer.serves(x, beside, *parameters):
+        if parameters and transformer.serves(x, beside, *parameters):
+            dropkey, dropout = rates(attention.config, attention.training)
             if dropkey or dropout:
                 for part in (attention, feed_forward):
                     draws_with_torch(part.config.rng, x)  # raises where masks are to be torch's
-            eps = attention.layer_norm.eps, feed_forward.layer_norm.eps
-            options = {"heads": attention.heads, "dropkey_p": dropkey, "dropout_p": dropout, "eps": eps}
-            return transformer.transformer_layer(x, beside, *parameters, **options)
+            if rates(feed_forward.config, feed_forward.training)[1] == dropout:  # one piece has but one rate
+                eps = attention.layer_norm.eps, feed_forward.layer_norm.eps
+                options = {"heads": attention.heads, "dropkey_p": dropkey, "dropout_p": dropout, "eps": eps}
+                return transformer.transformer_layer(x, beside, *parameters, **options)
         if beside is not None:
             x = torch.cat([x, beside], 1).view(2 * len(x), *x.shape[1:])
         return feed_forward(attention(x, x))
@@ -220,12 +221,12 @@ class TransformerLayer(nn.Module):
     def _parameters_of_one_piece(self) -> tuple[Tensor, ...]:
         """As transformer_layer takes them; none where a module that the composition would call is not as it was made."""
         attention, feed_forward = self.attention, self.feed_forward
+        if torch.compiler.is_compiling() or not (unchanged(attention, MultiHeadAttention) and unchanged(feed_forward, FeedForward)):
+            return ()
         maps = attention.linear_q, attention.linear_k, attention.linear_v
         first, w1, w2, last = attention.layer_norm, feed_forward.w1, feed_forward.w2, feed_forward.layer_norm
-        if torch.compiler.is_compiling() or not (
-            unchanged(attention, MultiHeadAttention)
-            and unchanged(feed_forward, FeedForward)
-            and all(unchanged(each, nn.Linear, bias=None) for each in maps)
+        if not (
+            all(unchanged(each, nn.Linear, bias=None) for each in maps)
             and all(unchanged(each, Linear) for each in (w1, w2))
             and all(unchanged(each, nn.LayerNorm) for each in (first, last))
         ):
