@@ -85,11 +85,9 @@ def shape(op: str, name: str, value: torch.Tensor, accepted: tuple[tuple[int, ..
 def positive(op: str, name: str, value: float, hint: str = "") -> float:
     if type(value) is float and 0 < value < math.inf:  # at once, for the time of small calls; plain, so that torch.compile traces it
         return value
-    if isinstance(value, (int, float)) and 0 < value < math.inf:
-        return float(value)
     if isinstance(value, torch.Tensor):
         raise TypeError(f"{op}: {name} must be a Python number, got a tensor; use {name}.item()")
-    if isinstance(value, numbers.Real) and 0 < value < math.inf:  # NumPy's
+    if isinstance(value, (int, float, numbers.Real)) and 0 < value < math.inf:  # NumPy's are numbers.Real
         return float(value)
     raise ValueError(f"{op}: {name} must be a finite number above 0, got {value!r}{'; ' + hint if hint else ''}")
 

@@ -85,10 +85,12 @@ def _triton_unavailable() -> str | None:
 
 
 def _cuda_unavailable() -> str | None:
-    if not torch.cuda.is_available():
-        return _native.missing("_C_cuda") or "no CUDA device is visible to torch"
-    reasons = [_device_refuses(index) for index in range(torch.cuda.device_count())]
-    return _native.missing("_C_cuda") or (None if None in reasons else reasons[0])
+    missing = _native.missing("_C_cuda")
+    if missing or not torch.cuda.is_available():
+        return missing or "no CUDA device is visible to torch"
+    reasons = map(_device_refuses, range(torch.cuda.device_count()))  # as far as need be: this is asked at every call
+    first = next(reasons)
+    return None if first is None or None in reasons else first
 
 
 EAGER = Backend("eager", lambda: None)

@@ -1,4 +1,4 @@
-"""HeLo: parameters, the behaviours in which its presets differ, losses, gradients, compilation, shapes and errors."""
+"""HeLo: parameters, the behaviours in which its presets differ, losses, gradients, shapes and errors."""
 
 from __future__ import annotations
 
@@ -7,34 +7,10 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from small_model import PRESETS, batch, build, embedding
 
 import helo_fast
-from helo_fast.model import HeLo, HeLoConfig, layers
-
-SIZES = dict(n_channels=3, dim_eeg=2, dim_gsr=4, dim_ppg=5, dim_video=6, feature_dim=16, hidden_size=8, heads=2, emotion_classes=7)
-PRESETS = ("paper", "released")
-
-
-def config(preset: str, **overrides) -> HeLoConfig:
-    return HeLoConfig(**{**SIZES, "preset": preset, **overrides})
-
-
-def build(preset: str, seed: int = 0, **overrides) -> HeLo:
-    torch.manual_seed(seed)
-    return HeLo(config(preset, **overrides))
-
-
-def batch(size: int = 4, dtype: torch.dtype = torch.float32) -> list[torch.Tensor]:
-    """eeg, gsr, ppg, video, labels (with zeros)."""
-    generator = torch.Generator().manual_seed(size)
-    inputs = [torch.randn(size, width, generator=generator, dtype=dtype) for width in (6, 4, 5, 6)]
-    labels = F.normalize(torch.rand(size, 7, generator=generator, dtype=dtype).sub(0.4).clamp(min=0) + torch.eye(7, dtype=dtype)[0], p=1)
-    return [*inputs, labels]
-
-
-def embedding(*shape: int) -> torch.Tensor:
-    return torch.rand(*shape, generator=torch.Generator().manual_seed(9))
-
+from helo_fast.model import HeLoConfig, layers
 
 # Parameters
 
@@ -279,74 +255,6 @@ def test_implicit_plan_gradient_against_differences():
     constant = build("paper", sinkhorn_iterations=2000, epsilon=0.3).double().eval()
     (gradient,) = torch.autograd.grad(constant(*inputs)[0].log().sum(), constant.behavioral_encoder.weight)
     assert not torch.isclose((gradient * direction).sum(), difference, rtol=1e-4, atol=0)
-
-
-@pytest.mark.parametrize("preset", PRESETS)
-def test_bfloat16_autocast(preset):
-    model, inputs, e = build(preset, dropkey=0.0).eval(), batch(), embedding(4, 7, 16)
-    exact, _ = model.loss(*inputs, label_embedding=e)
-    with torch.autocast("cpu", torch.bfloat16):
-        loss, _ = model.loss(*inputs, label_embedding=e)
-    loss.backward()
-    assert loss.dtype == torch.float32
-    torch.testing.assert_close(loss, exact, rtol=0.02, atol=0)
-    assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
-
-
-@pytest.mark.parametrize("preset", PRESETS)
-def test_bfloat16_learns_as_float32(preset):
-    """The loss curve under autocast lies nearer to float32's, of the same masks, than another seed's curve does."""
-
-    def curve(seed, half):
-        model, inputs = build(preset, rng="philox").train(), batch(64)
-        torch.manual_seed(seed)  # of the masks
-        optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
-        model.fit_correlation(inputs[-1])
-        losses = []
-        for _ in range(40):
-            with torch.autocast("cpu", torch.bfloat16, enabled=half):
-                loss, parts = model.loss(*inputs)
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            losses.append(parts["kl"].item() / 64)
-        assert all(p.dtype == torch.float32 and p.grad.dtype == torch.float32 for p in model.parameters() if p.grad is not None)
-        return torch.tensor(losses)
-
-    exact, half, other = curve(0, False), curve(0, True), curve(1, False)
-    assert exact[-10:].mean() < 0.9 * exact[:5].mean()  # it learns
-    assert (half - exact).abs().mean() < (other - exact).abs().mean()
-    assert abs(half[-10:].mean() - exact[-10:].mean()) < 0.05 * exact[-10:].mean()
-
-
-@pytest.mark.parametrize("training", [False, True])
-@pytest.mark.parametrize("preset", PRESETS)
-def test_compiles_to_one_graph(preset, training):
-    model = build(preset).train(training)
-    torch._dynamo.reset()
-    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
-    predict, learned, gt = compiled(*batch())
-    if preset == "paper" and not training:
-        for actual, expected in zip((predict, learned, gt), model(*batch())):
-            torch.testing.assert_close(actual, expected)
-    predict.log().sum().backward()
-    torch.testing.assert_close(predict.sum(-1), torch.ones(4))
-    assert model.eeg_encoder.weight.grad.isfinite().all()
-
-
-@pytest.mark.parametrize("training", [False, True])
-@pytest.mark.parametrize("preset", PRESETS)
-def test_one_compiled_graph_serves_every_batch_size(preset, training):
-    """fullgraph refuses a graph break, the stance a recompilation. (torch itself sets apart size 1, and sizes equal to a fixed one.)"""
-    model = build(preset).train(training)
-    torch._dynamo.reset()
-    compiled = torch.compile(lambda *inputs: model.loss(*inputs)[0], fullgraph=True, dynamic=True, backend="aot_eager")
-    for size, stance in ((11, "default"), (2, "fail_on_recompile"), (33, "fail_on_recompile"), (200, "fail_on_recompile")):
-        with torch.compiler.set_stance(stance):
-            loss = compiled(*batch(size))
-        loss.backward()
-        if preset == "paper" and not training:
-            torch.testing.assert_close(loss, model.loss(*batch(size))[0])
 
 
 # Shapes

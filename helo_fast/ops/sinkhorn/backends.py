@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 
 import torch
@@ -51,12 +52,8 @@ def _completed(outputs: tuple[Tensor, ...], epsilon: float, max_iter: int, tol: 
     return *values, n_iter, reference.converged(values[-1], tol), history if keep_history else None
 
 
-def _cuda_kernel(cost: Tensor, a: Tensor | None, b: Tensor | None, *options: object) -> tuple[Tensor, ...]:
+def _cuda_fwd(cost: Tensor, a: Tensor | None, b: Tensor | None, *options: object) -> tuple[Tensor, ...]:
     return torch.ops.helo_fast_cuda.sinkhorn_fwd(*_contiguous(cost, a, b), *options)
-
-
-def _cuda_fwd(*arguments: object) -> tuple[Tensor | None, ...]:
-    return _with_partners(_cuda_kernel, *arguments)
 
 
 def _cuda_implicit_bwd(cost, a, b, plan, grad_plan, grad_f, grad_g, grad_cost, *options: object) -> tuple[Tensor, ...]:
@@ -66,14 +63,10 @@ def _cuda_implicit_bwd(cost, a, b, plan, grad_plan, grad_f, grad_g, grad_cost, *
     return torch.ops.helo_fast_cuda.sinkhorn_implicit_bwd(cost, a, b, plan, grad_plan, grad_f, grad_g, grad_cost, *options)
 
 
-def _triton_kernel(cost: Tensor, a: Tensor | None, b: Tensor | None, *options: object) -> tuple[Tensor | None, ...]:
+def _triton_fwd(cost: Tensor, a: Tensor | None, b: Tensor | None, *options: object) -> tuple[Tensor | None, ...]:
     from ...kernels import sinkhorn as kernels  # imported here: triton is optional and slow to import
 
     return _completed(kernels.sinkhorn_fwd(cost, *reference.marginals(cost, a, b), *options), *options)
-
-
-def _triton_fwd(*arguments: object) -> tuple[Tensor | None, ...]:
-    return _with_partners(_triton_kernel, *arguments)
 
 
 def _triton_implicit_bwd(cost: Tensor, *inputs_and_options: object) -> tuple[Tensor, ...]:
@@ -100,10 +93,18 @@ _registry.register(
         Adapter(CPP, {"fwd": _cpp_fwd, "implicit_bwd": _cpp_implicit_bwd, "unrolled_bwd": _cpp_unrolled_bwd}, _registry.only_on("cpu")),
         Adapter(
             TRITON,
-            {"fwd": _triton_fwd, "implicit_bwd": _triton_implicit_bwd, "unrolled_bwd": _triton_unrolled_bwd},
+            {
+                "fwd": functools.partial(_with_partners, _triton_fwd),
+                "implicit_bwd": _triton_implicit_bwd,
+                "unrolled_bwd": _triton_unrolled_bwd,
+            },
             _registry.triton_refuses,
         ),
-        Adapter(CUDA, {"fwd": _cuda_fwd, **_BACKWARDS, "implicit_bwd": _cuda_implicit_bwd}, _registry.cuda_refuses),
+        Adapter(
+            CUDA,
+            {"fwd": functools.partial(_with_partners, _cuda_fwd), **_BACKWARDS, "implicit_bwd": _cuda_implicit_bwd},
+            _registry.cuda_refuses,
+        ),
     ),
     # A GPU back end joins "cuda" with a results file from the hardware in benchmarks/results.
     auto={"cpu": ("cpp", "eager"), "cuda": ("eager",)},
