@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+from collections.abc import Callable
 
 _BUILD_HINT = "it was not built at install time: install a C++17 compiler and run `pip install --force-reinstall --no-deps .` again"
 _CUDA_BUILD_HINT = (
@@ -23,8 +24,15 @@ def missing(name: str) -> str | None:
     return None
 
 
-def cpu_capability() -> str | None:
-    """The instruction set that the CPU kernels use, or None without the extension."""
+@functools.cache
+def cpu_op(name: str) -> Callable:
+    """The op of the CPU extension, once it is loaded, as torch's dispatcher takes it: by way of its overloads a call takes longer."""
     import torch
 
-    return None if missing("_C") else torch.ops.helo_fast_cpu.cpu_capability()
+    overload = getattr(torch.ops.helo_fast_cpu, name).default
+    return getattr(overload, "_op", overload)
+
+
+def cpu_capability() -> str | None:
+    """The instruction set that the CPU kernels use, or None without the extension."""
+    return None if missing("_C") else cpu_op("cpu_capability")()

@@ -175,6 +175,17 @@ def test_tolerance_stops_each_problem_by_itself(backend, device_for):
     assert hopeless.n_iter == 5 and not hopeless.converged
 
 
+@pytest.mark.parametrize("size", ((30, 41), (200, 300)), ids=str)
+def test_uniform_masses_do_not_move_the_potentials(size, device_for):
+    """Rounded to float32, their sums differ: f would grow by as much at every iteration, and g fall."""
+    cost = torch.rand(2, *size, device=device_for("sinkhorn", "cpp"), generator=torch.Generator().manual_seed(0))
+    epsilon = 0.2
+    actual = sinkhorn(cost, epsilon=epsilon, max_iter=2000, backend="cpp")
+    exact = sinkhorn(cost.double(), epsilon=epsilon, max_iter=2000, backend="cpp")
+    for name in ("f", "g"):
+        assert (getattr(actual, name) - getattr(exact, name)).abs().max() < 2e-6 * epsilon, name
+
+
 @pytest.mark.parametrize("backend", ("eager", "cpp"))
 def test_epsilon_of_1e_4_of_the_cost_in_float32(backend, device_for):
     cost = torch.rand(4, 24, 24, generator=torch.Generator().manual_seed(5)) * 3

@@ -10,7 +10,7 @@
 namespace helo_fast {
 
 template <typename scalar>
-struct SinkhornBatch : SinkhornArguments<scalar> {  // a or b null: uniform
+struct SinkhornBatch : SinkhornArguments<scalar> {
   int64_t batch;
   bool* converged;      // [B]
   scalar converged_at;  // the largest marginal error that counts as converged

@@ -14,7 +14,6 @@
 #include <tuple>
 #include <type_traits>
 #include <utility>
-#include <vector>
 
 #include "capability.h"
 #include "outputs.h"
@@ -64,9 +63,8 @@ std::tuple<Handle, Handle, Handle, Handle, Handle, Handle, Handle, std::optional
   const auto run = [&](auto zero) {
     using scalar = decltype(zero);
     const auto in = [](const Tensor& t) { return static_cast<const scalar*>(t.const_data_ptr()); };
-    const std::vector<scalar> uniform_a(a ? 0 : batch * n, scalar(1.0 / n)), uniform_b(b ? 0 : batch * m, scalar(1.0 / m));
     const SinkhornArguments<scalar> x{
-        in(cost), a ? in(*a) : uniform_a.data(), b ? in(*b) : uniform_b.data(), plan.data<scalar>(), f.data<scalar>(), g.data<scalar>(),
+        in(cost), a ? in(*a) : nullptr, b ? in(*b) : nullptr, plan.data<scalar>(), f.data<scalar>(), g.data<scalar>(),
         transport_cost.data<scalar>(), marginal_error.data<scalar>(),
         history ? static_cast<scalar*>(history->mutable_data_ptr()) : nullptr, n_iter.data<int32_t>(), n, m, keep_history ? max_iter : 0,
         max_iter, check_every, epsilon, tol.value_or(-1), damping(tau_a, epsilon), damping(tau_b, epsilon),

@@ -5,7 +5,7 @@
 
 template <typename scalar>
 struct SinkhornArguments {
-  const scalar *cost, *a, *b;                           // [B, n, m], [B, n], [B, m]
+  const scalar *cost, *a, *b;                           // [B, n, m], [B, n], [B, m]; a or b null: uniform
   scalar *plan, *f, *g;                                 // [B, n, m], [B, n], [B, m]
   scalar *transport_cost, *marginal_error, *history;    // [B], [B], [B, kept, n + m]
   int32_t* n_iter;                                      // [B]

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .. import _registry
+from .. import _native, _registry
 from .._torch_state import goes_straight
 from .attention import philox
 
@@ -80,7 +80,7 @@ class _TransformerLayer(torch.autograd.Function):
         tensors = tuple(t if t is None else t.contiguous() for t in tensors)
         x, beside, wq, wk, wv, norm1, _, w1, _, w2, _, norm2, _ = tensors
         scale = (x.shape[-1] // heads) ** -0.5
-        out, *saved = torch.ops.helo_fast_cpu.transformer_layer_fwd(*tensors, *seeds, heads, scale, *eps, *drawn)
+        out, *saved = _native.cpu_op("transformer_layer_fwd")(*tensors, *seeds, heads, scale, *eps, *drawn)
         ctx.save_for_backward(x, beside, wq, wk, wv, norm1, w1, w2, norm2, *saved)
         ctx.seeds, ctx.options = seeds, (heads, scale, *drawn)
         return out
@@ -90,5 +90,5 @@ class _TransformerLayer(torch.autograd.Function):
     def backward(ctx, grad_out: Tensor) -> tuple[Tensor | None, ...]:
         saved = ctx.saved_tensors  # once: a checkpoint gives them out no second time
         arguments = grad_out.contiguous(), *saved, *ctx.seeds, *ctx.options
-        dx, d_beside, *d_parameters = torch.ops.helo_fast_cpu.transformer_layer_bwd(*arguments)
+        dx, d_beside, *d_parameters = _native.cpu_op("transformer_layer_bwd")(*arguments)
         return None, None, None, None, dx, None if saved[1] is None else d_beside, *d_parameters

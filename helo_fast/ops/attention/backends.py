@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ... import _registry
+from ... import _native, _registry
 from ..._registry import CPP, CUDA, EAGER, TRITON, Adapter
 from . import philox, reference
 
@@ -18,12 +18,12 @@ def _drawn(dropkey_p: float, dropout_p: float) -> tuple[int, int, float]:
 def _cpp_fwd(
     q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, seed: Tensor | None, scale: float, dropkey_p: float, dropout_p: float
 ) -> tuple[Tensor, Tensor]:
-    return torch.ops.helo_fast_cpu.lcd_attention_fwd(q, k, v, bias, seed, scale, *_drawn(dropkey_p, dropout_p))
+    return _native.cpu_op("lcd_attention_fwd")(q, k, v, bias, seed, scale, *_drawn(dropkey_p, dropout_p))
 
 
 def _cpp_bwd(*arguments: object) -> tuple[Tensor, ...]:
     *tensors, scale, dropkey_p, dropout_p, bias_grad = arguments
-    return torch.ops.helo_fast_cpu.lcd_attention_bwd(*tensors, scale, *_drawn(dropkey_p, dropout_p), bias_grad)
+    return _native.cpu_op("lcd_attention_bwd")(*tensors, scale, *_drawn(dropkey_p, dropout_p), bias_grad)
 
 
 def _triton_fwd(

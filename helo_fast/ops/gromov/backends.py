@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ... import _registry
+from ... import _native, _registry
 from ..._registry import CPP, CUDA, EAGER, TRITON, Adapter
 from ..sinkhorn.reference import CONVERGED_BY_DEFAULT
 from . import reference
@@ -14,7 +14,7 @@ from . import reference
 def _cpp(kernel: str):
     def call(*arguments: object) -> tuple[Tensor, ...]:
         contiguous = [value.contiguous() if isinstance(value, Tensor) else value for value in arguments]
-        return getattr(torch.ops.helo_fast_cpu, kernel)(*contiguous)
+        return _native.cpu_op(kernel)(*contiguous)
 
     return call
 

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
-from ... import _registry
+from ... import _native, _registry
 from ..._registry import CPP, EAGER, TRITON, Adapter
 from ..attention import philox
 from . import reference
@@ -13,14 +12,12 @@ from . import reference
 
 def _cpp_fwd(x: Tensor, y: Tensor, weight: Tensor, bias: Tensor, seed: Tensor | None, dropout_p: float, eps: float) -> tuple[Tensor, ...]:
     tensors = (t.contiguous() for t in (x, y, weight, bias))
-    return torch.ops.helo_fast_cpu.residual_norm_fwd(*tensors, seed, eps, *_drawn(dropout_p))
+    return _native.cpu_op("residual_norm_fwd")(*tensors, seed, eps, *_drawn(dropout_p))
 
 
 def _cpp_bwd(*arguments: object) -> tuple[Tensor, ...]:
     *tensors, mean, rstd, seed, dropout_p = arguments
-    dx, dy, dweight, dbias = torch.ops.helo_fast_cpu.residual_norm_bwd(
-        *(t.contiguous() for t in tensors), mean, rstd, seed, *_drawn(dropout_p)
-    )
+    dx, dy, dweight, dbias = _native.cpu_op("residual_norm_bwd")(*(t.contiguous() for t in tensors), mean, rstd, seed, *_drawn(dropout_p))
     return dx, dy if seed is not None else None, dweight, dbias
 
 

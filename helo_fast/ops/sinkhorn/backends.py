@@ -8,7 +8,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from ... import _registry
+from ... import _native, _registry
 from ..._registry import CPP, CUDA, EAGER, TRITON, Adapter
 from . import reference
 
@@ -19,17 +19,17 @@ def _contiguous(*tensors: Tensor | None) -> list[Tensor | None]:
 
 def _cpp_fwd(cost: Tensor, a: Tensor | None, b: Tensor | None, *options: object) -> tuple[Tensor, ...]:
     a, b = a if a is None else a.contiguous(), b if b is None else b.contiguous()
-    return torch.ops.helo_fast_cpu.sinkhorn_fwd.default(cost.contiguous(), a, b, *options)
+    return _native.cpu_op("sinkhorn_fwd")(cost.contiguous(), a, b, *options)
 
 
 def _cpp_implicit_bwd(cost, a, b, plan, grad_plan, grad_f, grad_g, grad_cost, *options: object) -> tuple[Tensor, ...]:
     a, b, plan, grad_f, grad_g, grad_cost = _contiguous(a, b, plan, grad_f, grad_g, grad_cost)
-    return torch.ops.helo_fast_cpu.sinkhorn_implicit_bwd(cost, a, b, plan, grad_plan, grad_f, grad_g, grad_cost, *options)
+    return _native.cpu_op("sinkhorn_implicit_bwd")(cost, a, b, plan, grad_plan, grad_f, grad_g, grad_cost, *options)
 
 
 def _cpp_unrolled_bwd(cost, a, b, plan, history, n_iter, grad_plan, grad_f, grad_g, grad_cost, *options: object) -> tuple[Tensor, ...]:
     a, b, plan, history, n_iter, grad_f, grad_g, grad_cost = _contiguous(a, b, plan, history, n_iter, grad_f, grad_g, grad_cost)
-    return torch.ops.helo_fast_cpu.sinkhorn_unrolled_bwd(cost, a, b, plan, history, n_iter, grad_plan, grad_f, grad_g, grad_cost, *options)
+    return _native.cpu_op("sinkhorn_unrolled_bwd")(cost, a, b, plan, history, n_iter, grad_plan, grad_f, grad_g, grad_cost, *options)
 
 
 def _with_partners(kernel: Callable, cost: Tensor, a: Tensor | None, b: Tensor | None, *options: object) -> tuple[Tensor | None, ...]:
