@@ -54,7 +54,7 @@ class Unmeasured(Exception):
 
 def cases(device: str, quick: bool) -> Iterator[Case]:
     """Made one at a time: some fill gigabytes."""
-    for batch, n in ((4, 9),) if quick else ((8192, 36), (256, 256), (16, 1024)):
+    for batch, n in ((4, 9),) if quick else ((8192, 36), (256, 256), (16, 1024), (65536, 8)):
         yield sinkhorn(batch, n, device)
     for batch, n, width in ((16, 9, 16),) if quick else ((128, 36, 128), (8192, 36, 128)):
         yield gromov(batch, n, width, device)

@@ -1,7 +1,7 @@
 """Sinkhorn forward in Triton, one program per problem, the whole problem in registers: scaling iterations with absorbed potentials.
 
 Problems too large for that are passed on to sinkhorn_rows.py, the largest to sinkhorn_stripes.py, or, where not even a row fits the
-registers, to sinkhorn_stream.py.
+registers, to sinkhorn_stream.py; many small ones to sinkhorn_packed.py.
 
     gamma_j = -kappa_b logsumexp_i(log a_i + phi_i + M_ij), then phi_i likewise over j; from phi = 0; M = -cost / epsilon.
 
@@ -28,8 +28,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import sinkhorn_rows, sinkhorn_stream, sinkhorn_stripes
+from . import sinkhorn_packed, sinkhorn_rows, sinkhorn_stream, sinkhorn_stripes
 from .device import device_guard
+from .scalings import excess, first_scaling, is_safe, log_of, scaling_of
 from .variant import Variant
 
 # Sides of the square tile that holds a problem: (LANES, warps).
@@ -37,7 +38,6 @@ TILES = {
     torch.float32: {16: (4, 1), 32: (4, 1), 64: (8, 2), 128: (16, 8)},
     torch.float64: {16: (4, 1), 32: (4, 1), 64: (8, 8)},
 }
-RANGE = tl.constexpr(1e8)
 
 
 def block(n: int, m: int, dtype: torch.dtype) -> int | None:
@@ -73,41 +73,16 @@ def _over(tile, over_rows: tl.constexpr):
 
 
 @triton.jit
-def _log(mass):
-    """In double, -inf of 0."""
-    return tl.where(mass > 0, tl.log(mass.to(tl.float64)), float("-inf"))
-
-
-@triton.jit
-def _excess(log_mass, dtype: tl.constexpr):
-    """log of what a mass near underflow leaves to its scaling, so that its sum neither overflows nor underflows; 0 of other masses."""
-    LOWEST: tl.constexpr = -46.0 if dtype == tl.float32 else -455.0  # log of a sum that is safely above TINY
-    return tl.where(log_mass > float("-inf"), tl.minimum(log_mass - LOWEST, 0.0), 0.0)
-
-
-@triton.jit
-def _first_scaling(mass):
-    """exp of that, and 0 without mass."""
-    return tl.minimum(mass * (9.496119420602448e19 if mass.dtype == tl.float32 else 4.00968e197), 1.0)
-
-
-@triton.jit
-def _scaling(mass, sums):
-    return tl.where(mass > 0, mass / sums, 0.0)
-
-
-@triton.jit
 def _rescale(mass, sums, kappa, absorbed, potential, index, size):
     """(this side's scaling from its sums, whether it is safe); where the marginal is soft, the new potential is stored too:
     the log of the scaling, rounded, would be too coarse."""
     dtype: tl.constexpr = mass.dtype
-    TINY: tl.constexpr = 1e-22 if dtype == tl.float32 else 1e-200  # sums above it have lost nothing to underflow
-    scaling = _scaling(mass, sums)
+    scaling = scaling_of(mass, sums)
     if kappa != 1:
         log_ratio = tl.log(sums) - _load(absorbed, 1, size, index, 0.0).to(dtype)
         scaling *= tl.where(mass > 0, tl.exp((1 - kappa).to(dtype) * log_ratio), 0.0)
         tl.store(potential + index, tl.where(mass > 0, -kappa.to(dtype) * log_ratio, float("-inf")), mask=index < size)
-    return scaling, (sums > TINY) & (scaling >= 1 / RANGE) & (scaling <= RANGE) | ~(mass > 0)
+    return scaling, is_safe(mass, sums, scaling)
 
 
 @triton.jit
@@ -137,7 +112,7 @@ def _restart(space, K, a, u, alpha, beta, f, g, kappa_a, kappa_b, i, n, BLOCK: t
         top = tl.where(top == float("-inf"), 0.0, top)
         total = tl.sum(tl.exp((x - top).to(dtype)), 1, keep_dims=True)
         gamma = tl.where(b > 0, -kappa_b * (top + tl.log(total.to(tl.float64))), float("-inf"))
-        tl.store(beta + j, gamma + _log(b), mask=j < m)
+        tl.store(beta + j, gamma + log_of(b), mask=j < m)
         if kappa_b != 1:
             tl.store(g + j, gamma.to(dtype), mask=j < m)
     tl.debug_barrier()
@@ -153,15 +128,15 @@ def _restart(space, K, a, u, alpha, beta, f, g, kappa_a, kappa_b, i, n, BLOCK: t
         totals += tl.exp((tl.load(beta + j, mask=j < m, other=float("-inf")) + M - top).to(dtype))
     phi = -kappa_a * (top + tl.log(tl.sum(totals, 2, keep_dims=True).to(tl.float64)))
     phi = tl.where(a > 0, phi, float("-inf"))
-    log_a = _log(a)
-    rows = phi + log_a - _excess(log_a, dtype)
+    log_a = log_of(a)
+    rows = phi + log_a - excess(log_a, dtype)
     tl.store(alpha + i, rows, mask=i < n)
     if kappa_a != 1:
         tl.store(f + i, phi.to(dtype), mask=i < n)
     fold = tl.arange(0, K.shape[0])[:, None, None]
     for step in range(steps):
         M, j, b = _slice(space, step, BLOCK, LANES)
-        columns = tl.load(beta + j, mask=j < m, other=float("-inf")) - _excess(_log(b), dtype)
+        columns = tl.load(beta + j, mask=j < m, other=float("-inf")) - excess(log_of(b), dtype)
         K = tl.where(fold == step, tl.exp((rows + columns + M).to(dtype)), K)
         tl.debug_barrier()  # beta has been read
         tl.store(beta + j, columns, mask=j < m)
@@ -179,7 +154,7 @@ def _write_potential(out, scaling, index, mass, stride, size, unit, kappa, absor
     mass = tl.load(mass + k.to(tl.int64) * stride, mask=k < size, other=0.0)
     if kappa == 1:
         moved = tl.load(out + k, mask=k < size, other=1.0).to(tl.float64)
-        result = tl.load(absorbed + k, mask=k < size, other=0.0) + tl.log(moved) - _log(mass)
+        result = tl.load(absorbed + k, mask=k < size, other=0.0) + tl.log(moved) - log_of(mass)
     else:
         result = tl.load(potential + k, mask=k < size, other=0.0).to(tl.float64)
     tl.debug_barrier()  # all of them have been read
@@ -253,8 +228,8 @@ def _sinkhorn_fwd_kernel(
     g += problem * m
     alpha = absorbed + problem * (n + m)
     beta = alpha + n
-    tl.store(alpha + i, _log(a), mask=i < n)
-    tl.store(beta + j, _log(b), mask=j < m)
+    tl.store(alpha + i, log_of(a), mask=i < n)
+    tl.store(beta + j, log_of(b), mask=j < m)
     tl.debug_barrier()
 
     u = tl.where(a > 0, tl.full(a.shape, 1.0, dtype), 0.0)
@@ -270,9 +245,9 @@ def _sinkhorn_fwd_kernel(
         unsafe = tl.max(tl.max(tl.max(tl.where(safe, 0, 1), 0), 1), 0)
         if unsafe != 0:
             K = _restart(space, K, a, u, alpha, beta, f, g, kappa_a, kappa_b, i, n, BLOCK, LANES)
-            u, v = _first_scaling(a), _first_scaling(b)
+            u, v = first_scaling(a), first_scaling(b)
             if kappa_a == 1:
-                u = _scaling(a, _over(K * v, False))
+                u = scaling_of(a, _over(K * v, False))
         else:
             u = new_u
             v = new_v
@@ -328,6 +303,9 @@ def sinkhorn_fwd(
     slopes = (0.0 if tau is None else epsilon / tau for tau in (tau_a, tau_b))
     numbers = epsilon, -1.0 / epsilon, -1.0 if tol is None else tol, *kappas, *slopes
     with device_guard(cost):
+        if tau_a is None and tau_b is None and not keep_history and sinkhorn_packed.block(batch, n, m, cost.dtype) is not None:
+            sinkhorn_packed.launch(cost, a, b, outputs[:-1], max_iter, check_every, numbers[:3])
+            return outputs
         BLOCK = block(n, m, cost.dtype)
         if BLOCK is None:
             larger = sinkhorn_stream if sinkhorn_rows.block(m, cost.dtype) is None else sinkhorn_rows

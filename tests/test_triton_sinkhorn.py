@@ -15,11 +15,28 @@ LARGE = {  # beyond the registers of one program
     "wide": _problem(1, 9, 300, max_iter=4, marginals=True),
     "wide_until_tolerance": _problem(2, 70, 150, max_iter=40, tol=1e-2, tau_a=0.5),
 }
-CASES = {**SINKHORN_CASES, **LARGE}
+SMALL = {  # of several problems to a program; 21 are no whole number of programs
+    "several_programs": _problem(21, 8, 6, epsilon=0.03, max_iter=60, tol=1e-3, marginals=True),
+    "several_programs_tiny_epsilon": _problem(5, 7, 8, epsilon=2e-4, max_iter=40),
+}
+CASES = {**SINKHORN_CASES, **LARGE, **SMALL}
 STREAMED = [  # (kernel, case, dtype); stripes, float32 alone, make the same passes as rows
     *itertools.product(("rows", "stream"), ("rectangular", "tiny_epsilon", "unbalanced_tiny_epsilon", "zero_mass", "ragged"), DTYPES),
     *itertools.product(("stripes",), ("unbalanced_tiny_epsilon", "ragged"), DTYPES[:1]),
 ]
+PACKED = [  # (case, dtype)
+    *itertools.product((*SMALL, "single_row", "single_column", "one_by_one", "zero_mass"), DTYPES),
+    *itertools.product(("tiny_epsilon", "large_epsilon", "large_cost", "one_iteration", "ragged"), DTYPES[:1]),
+]
+
+
+@pytest.fixture
+def packed(monkeypatch):
+    """Problems are solved several to a program, however few."""
+    from helo_fast.kernels import sinkhorn, sinkhorn_packed
+
+    monkeypatch.setattr(sinkhorn_packed, "FEWEST_PROGRAMS", 0)
+    monkeypatch.setattr(sinkhorn, "block", None)  # which fails where one problem per program is launched
 
 
 @pytest.fixture(params=("registers", "rows", "stripes", "stream"))
@@ -44,7 +61,7 @@ def arguments_of(case, dtype, device):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", (*SINKHORN_CASES, *LARGE))
 def test_kernel_values_against_float64(case, dtype, device_for):
     check_values(case, dtype, device_for("sinkhorn", "triton"))
 
@@ -52,6 +69,45 @@ def test_kernel_values_against_float64(case, dtype, device_for):
 @pytest.mark.parametrize("kernel, case, dtype", STREAMED, indirect=["kernel"], ids=str)
 def test_streamed_values_against_float64(kernel, case, dtype, device_for):
     check_values(case, dtype, device_for("sinkhorn", "triton"))
+
+
+@pytest.mark.parametrize("case, dtype", PACKED, ids=str)
+def test_packed_values_against_float64(case, dtype, packed, device_for):
+    check_values(case, dtype, device_for("sinkhorn", "triton"))
+
+
+def test_packed_problems_are_each_solved_by_itself(packed, device_for):
+    """Whatever the others of their program do, which stop earlier or later and have their kernel matrix made anew at other times."""
+    device, options = device_for("sinkhorn", "triton"), {"epsilon": 0.01, "max_iter": 60, "tol": 1e-3, "backend": "triton"}
+    cost = torch.rand(18, 8, 6, generator=torch.Generator().manual_seed(0)).to(device)
+    cost *= torch.logspace(-2, 0, len(cost), device=device)[:, None, None]
+    together = sinkhorn(cost, **options)
+    assert together.n_iter.unique().numel() > 2, "the case should stop its problems at different iterations"
+    for i in (0, 9, 15, 17):
+        for one, all_of_them in zip(sinkhorn(cost[i], **options), together):
+            assert torch.equal(one, all_of_them[i])
+
+
+def test_packed_problems_of_any_strides(packed, device_for):
+    device, generator = device_for("sinkhorn", "triton"), torch.Generator().manual_seed(0)
+    cost, a, b = (x.to(device) for x in (torch.rand(2, 7, 5, generator=generator), torch.rand(2, 7), torch.rand(2, 5)))
+    a, b, options = a / a.sum(-1, keepdim=True), b / b.sum(-1, keepdim=True), {"max_iter": 3, "backend": "triton"}
+    expected = sinkhorn(cost, a, b, **options).plan
+    for (name, cost_so), (_, a_so), (_, b_so) in zip(layouts(cost), layouts(a), layouts(b)):
+        assert torch.equal(sinkhorn(cost_so, a_so, b_so, **options).plan, expected), name
+    expanded = sinkhorn(cost[:1].expand(3, -1, -1), a[:1].expand(3, -1), b[:1].expand(3, -1), **options).plan
+    assert torch.equal(expanded, expected[:1].expand(3, -1, -1))
+
+
+def test_packed_serves_many_small_balanced_problems():
+    from helo_fast.kernels import sinkhorn_packed
+
+    fewest = sinkhorn_packed.FEWEST_PROGRAMS
+    assert (
+        sinkhorn_packed.block(16 * fewest, 8, 3, torch.float32) == 8 and sinkhorn_packed.block(16 * fewest - 1, 8, 3, torch.float32) is None
+    )
+    assert sinkhorn_packed.block(4 * fewest, 3, 16, torch.float32) == 16 and sinkhorn_packed.block(2**20, 3, 17, torch.float32) is None
+    assert sinkhorn_packed.block(4 * fewest, 8, 8, torch.float64) == 8 and sinkhorn_packed.block(2**20, 9, 8, torch.float64) is None
 
 
 def check_values(case, dtype, device):
