@@ -14,8 +14,9 @@ struct SinkhornBatch : SinkhornArguments<scalar> {
   int64_t batch;
   bool* converged;      // [B]
   scalar converged_at;  // the largest marginal error that counts as converged
+  double total = 1;     // mass where a solver needs that of uniform marginals to be exact: see total_mass()
 
-  // In double, so that uniform masses have the same sum on both sides: what they differ by moves the potentials at every iteration.
+  // In double: what the sums of both sides differ by moves the potentials at every iteration, and 1/n and 1/m, rounded, differ.
   HELO_FAST_HD double mass_a(int64_t problem, int64_t i) const {
     return this->a ? double(this->a[problem * this->n + i]) : 1.0 / double(this->n);
   }
@@ -45,5 +46,12 @@ struct SinkhornBatch : SinkhornArguments<scalar> {
     if (team.lane() == 0) write_numbers(problem, 0, error, this->max_iter);
   }
 };
+
+// n m over a power of 2, in [1, 2), where both marginals are uniform and hard: times 1/n and 1/m, it is exact in either dtype; else 1.
+template <typename scalar>
+double total_mass(const SinkhornBatch<scalar>& x) {
+  const double pairs = double(x.n) * double(x.m);
+  return !x.a && !x.b && x.kappa_a == 1 && x.kappa_b == 1 ? std::ldexp(pairs, -std::ilogb(pairs)) : 1;
+}
 
 }  // namespace helo_fast

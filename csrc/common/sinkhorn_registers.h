@@ -13,6 +13,9 @@
 //
 // Rows and columns without mass, and the padding of a tile, have K = 0, mass 1, and 1 added to their sum, so that their scaling is 1;
 // their potential is -inf, and their cost is never used.
+// Uniform masses 1/n and 1/m, rounded, would differ in sum, and f and g move apart by as much at every iteration. Hard ones are m and n
+// over a power of 2 instead, which is exact: all mass is `total` times what it is to be, and so is the plan, until it is written. f is not
+// moved by that, and g by log total.
 #pragma once
 
 #include <cmath>
@@ -131,14 +134,16 @@ class SinkhornRegisters {
     bool some = false;
     Split::for_owned([&](int k, auto slot) {
       const int at = mine.at(slot);
-      const double mass = at >= size ? 0 : of_rows ? x_.mass_a(problem_, at) : x_.mass_b(problem_, at);
-      const bool empty = !(mass > 0);
+      const double given = at >= size ? 0 : of_rows ? x_.mass_a(problem_, at) : x_.mass_b(problem_, at);
+      const bool empty = !(given > 0);
+      const double mass = given * x_.total;
       some |= !empty;
       full &= !empty || at >= size;
       mine.mass[k] = opaque(empty ? scalar(1) : scalar(mass));
       mine.empty[k] = opaque(empty ? scalar(1) : scalar(0));
       mine.owned[k] = 1;
-      if (Split::counts(slot, mine.peer)) potential<of_rows>(at) = log_mass<of_rows>(at) = empty ? -HUGE_VAL : std::log(mass);
+      if (Split::counts(slot, mine.peer))
+        potential<of_rows>(at) = log_mass<of_rows>(at) = empty ? -HUGE_VAL : std::log(of_rows ? mass : given);
     });
     for (scalar& each : mine.scaling) each = 1;
     return team_.any(some);
@@ -298,7 +303,7 @@ class SinkhornRegisters {
       const double b = columns_.mass[k], target = !general || x_.slope_b == 0 ? b : b * std::exp(-x_.slope_b * shared_.g[columns_.at(slot)]);
       error += std::fabs(double(columns_.owned[k]) * double(columns_.sums[k]) - target);
     });
-    return reduce_all(team_, error, Plus());
+    return reduce_all(team_, error, Plus()) / x_.total;
   }
 
   HELO_FAST_HD void record(int64_t iteration) {
@@ -324,6 +329,9 @@ class SinkhornRegisters {
     take_place();
     const double error = marginal_error();
     scalar spent = 0, mass = 0;
+    const scalar per_total = scalar(1 / x_.total);
+    HELO_FAST_UNROLL
+    for (int s = 0; s < Grid::kTileRows; ++s) rows_.scaling[s] *= per_total;
     int rows[Grid::kTileRows];
     unroll<Grid::kTileRows>([&](auto s) { rows[s] = rows_.at(s) * Grid::kStride; });
     unroll<Grid::kTileColumns>([&](auto t) {

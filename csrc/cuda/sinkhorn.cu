@@ -42,11 +42,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, std::optional
     using scalar = decltype(zero);
     const auto in = [](const Tensor& t) { return static_cast<const scalar*>(t.const_data_ptr()); };
     const auto out = [](Tensor& t) { return static_cast<scalar*>(t.mutable_data_ptr()); };
-    const helo_fast::SinkhornBatch<scalar> x{
+    helo_fast::SinkhornBatch<scalar> x{
         {in(cost), a ? in(*a) : nullptr, b ? in(*b) : nullptr, out(plan), out(f), out(g), out(transport_cost), out(marginal_error),
          history ? out(*history) : nullptr, static_cast<int32_t*>(n_iter.mutable_data_ptr()), n, m, kept, max_iter, check_every, epsilon, tol.value_or(-1),
          damping(tau_a, epsilon), damping(tau_b, epsilon), tau_b ? epsilon / *tau_b : 0},
         batch, static_cast<bool*>(converged.mutable_data_ptr()), scalar(tol.value_or(converged_by_default))};
+    x.total = helo_fast::total_mass(x);
     if (batch == 0 || helo_fast::launch_in_registers(x, device)) return;
     Tensor scratch = empty({batch, n + m}, ScalarType::Double);
     helo_fast::launch_streaming(x, static_cast<double*>(scratch.mutable_data_ptr()), device);

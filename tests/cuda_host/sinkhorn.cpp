@@ -63,7 +63,7 @@ int solve(bool streaming) {
   x.n_iter = n_iter.data(), x.converged = reinterpret_cast<bool*>(converged.data());
   x.batch = batch, x.n = n, x.m = m, x.kept = kept, x.max_iter = sizes[4], x.check_every = sizes[5];
   x.epsilon = options[0], x.tol = options[1], x.kappa_a = options[2], x.kappa_b = options[3], x.slope_b = options[4];
-  x.converged_at = scalar(options[5]);
+  x.converged_at = scalar(options[5]), x.total = total_mass(x);
   if (streaming) solve_streaming(x, sizes[7]);
   const bool served = streaming || with_grid<scalar>(n, m, [&](auto grid) {
     if (is_general(x))
