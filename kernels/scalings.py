@@ -15,14 +15,14 @@ def log_of(mass):
 @triton.jit
 def excess(log_mass, dtype: tl.constexpr):
     """log of what a mass near underflow leaves to its scaling, so that its sum neither overflows nor underflows; 0 of other masses."""
-    LOWEST: tl.constexpr = -46.0 if dtype == tl.float32 else -455.0  # log of a sum that is safely above that of is_safe
+    LOWEST: tl.constexpr = -46.0 if dtype == tl.float32 else -455.0  # log of a sum that is_safe finds safe by far
     return tl.where(log_mass > float("-inf"), tl.minimum(log_mass - LOWEST, 0.0), 0.0)
 
 
 @triton.jit
 def first_scaling(mass):
-    """exp of that, and 0 without mass."""
-    return tl.minimum(mass * (9.496119420602448e19 if mass.dtype == tl.float32 else 4.00968e197), 1.0)
+    """exp(excess(log of the mass)), and 0 without mass."""
+    return tl.minimum(mass * (9.496119420602448e19 if mass.dtype == tl.float32 else 4.017808803118279e197), 1.0)
 
 
 @triton.jit

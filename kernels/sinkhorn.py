@@ -15,8 +15,8 @@ Grid: x = problem (B may exceed 65535). Columns are folded: with LANES lanes acr
 of a [BLOCK / LANES, BLOCK, LANES] tile, of which a warp's lanes fill the last axes: a thread holds some columns of some rows, rather than
 one column of all, and a reduction over either is mostly its own additions. What is loaded has no axes of 1 then: else some versions of
 Triton (3.6) would lay out all of the tile as they lay out a load.
-Traffic: cost is read five times for each K, all but the first time mostly from cache, and each output is written once; alpha and beta
-stand in scratch memory, [B, n + m] doubles. Shared memory holds partial reductions where a program has several warps.
+Traffic: cost is read four times for each K and once for the plan, all but the first time mostly from cache; each output is written once;
+alpha and beta stand in scratch memory, [B, n + m] doubles. Shared memory holds partial reductions where a program has several warps.
 Invariants: padding, and rows and columns of zero mass, are 0 in K, u and v and -inf in the potentials, whatever stands in their cost.
 A maximum of -inf is replaced by 0. Barriers part what threads write from what others read. Offsets into tensors are 64-bit.
 """

@@ -8,8 +8,8 @@ threads to each.
 Grid: x = 32 / LANES problems, a warp. Column j = c LANES + k of row i of problem p stands at [c, i, p LANES + k] of a
 [BLOCK / LANES, BLOCK, 32] tile; what is of a row is at all k alike. Every tensor's last axis is the warp's 32 lanes, and memory is read
 and written by flat tensors of that order, so that no version of Triton has to exchange anything between two layouts.
-Traffic: cost is read five times for each K, all but the first time mostly from cache, and each output is written once; alpha and beta
-stand in scratch memory, [B, n + m] doubles.
+Traffic: cost is read four times for each K and once for the plan, all but the first time mostly from cache; each output is written once;
+alpha and beta stand in scratch memory, [B, n + m] doubles, and u waits in f while K is made.
 Invariants: each problem stops, and has its K made anew, by itself, whatever the others of its program do; those past the batch have no
 mass. Padding, and rows and columns of zero mass, are 0 in K, u and v and -inf in the potentials, whatever stands in their cost. A maximum
 of -inf is replaced by 0. A barrier parts what is written to scratch memory from its reading. Offsets into tensors are 64-bit.
@@ -63,26 +63,26 @@ def _slice(space, there, step, LANES: tl.constexpr):
 
 
 @triton.jit
-def _read(absorbed, there, LANES: tl.constexpr):
-    """alpha [1, BLOCK, 32] or beta [FOLD, 1, 32], -inf where nothing is there; absorbed = (pointer to the first, stride of problems)."""
-    pointer, stride = absorbed
+def _read(vectors, there, LANES: tl.constexpr):
+    """What is of rows [1, BLOCK, 32] or columns [FOLD, 1, 32], -inf where nothing is there; vectors = (the first, stride of problems)."""
+    pointer, stride = vectors
     problem, index, _ = _flat(there.shape[0], there.shape[1], LANES)
     loaded = tl.load(pointer + (problem * stride + index), mask=tl.reshape(there, index.shape), other=float("-inf"))
     return tl.reshape(loaded, there.shape)
 
 
 @triton.jit
-def _write(absorbed, potential, there, LANES: tl.constexpr):
-    pointer, stride = absorbed
+def _write(vectors, value, there, LANES: tl.constexpr):
+    pointer, stride = vectors
     problem, index, _ = _flat(there.shape[0], there.shape[1], LANES)
-    tl.store(pointer + (problem * stride + index), tl.reshape(potential, index.shape), mask=tl.reshape(there, index.shape))
+    tl.store(pointer + (problem * stride + index), tl.reshape(value, index.shape), mask=tl.reshape(there, index.shape))
 
 
 @triton.jit
-def _at(folded, step, other):
-    """The columns [1, .., 32] of a step of what is of all of them; other is less than any."""
+def _at(folded, step):
+    """The columns [1, .., 32] of a step of what is of all of them."""
     fold = tl.arange(0, folded.shape[0])[:, None, None]
-    return tl.max(tl.where(fold == step, folded, other), 0, keep_dims=True)
+    return tl.sum(tl.where(fold == step, folded, 0.0), 0, keep_dims=True)  # unlike a maximum, a sum keeps NaN
 
 
 @triton.jit
@@ -109,26 +109,26 @@ def _restart(space, again, K, a, b, u, alpha, beta, steps, LANES: tl.constexpr):
     as it was of the others."""
     dtype: tl.constexpr = K.dtype
     fold = tl.arange(0, K.shape[0])[:, None, None]
-    rows = _read(alpha, a > 0, LANES) + tl.where(a > 0, tl.log(u.to(tl.float64)), 0.0)
+    rows = _read(alpha, a > 0, LANES) + tl.where(a > 0, tl.log(_read(u, a > 0, LANES).to(tl.float64)), 0.0)
     columns = tl.full(b.shape, float("-inf"), tl.float64)
     for step in range(steps):
-        column = _at(b, step, 0.0)
+        column = _at(b, step)
         x = rows + _slice(space, (a > 0) & (column > 0), step, LANES)
-        top = tl.max(x.to(dtype), 1, keep_dims=True)
+        top = tl.max(x, 1, keep_dims=True)
         top = tl.where(top == float("-inf"), 0.0, top)
         total = tl.sum(tl.exp((x - top).to(dtype)), 1, keep_dims=True)
         new = tl.where(column > 0, log_of(column) - (top + tl.log(total.to(tl.float64))), float("-inf"))
         columns = tl.where(fold == step, new, columns)
-    top = tl.full(a.shape, float("-inf"), dtype)
+    top = tl.full(a.shape, float("-inf"), tl.float64)
     for step in range(steps):
-        M = _slice(space, (a > 0) & (_at(b, step, 0.0) > 0), step, LANES)
-        top = tl.maximum(top, (_at(columns, step, float("-inf")) + M).to(dtype))
+        M = _slice(space, (a > 0) & (_at(b, step) > 0), step, LANES)
+        top = tl.maximum(top, _at(columns, step) + M)
     top = _over_lanes(top, LANES, True)
     top = tl.where(top == float("-inf"), 0.0, top)
     totals = tl.zeros(a.shape, dtype)
     for step in range(steps):
-        M = _slice(space, (a > 0) & (_at(b, step, 0.0) > 0), step, LANES)
-        totals += tl.exp((_at(columns, step, float("-inf")) + M - top).to(dtype))
+        M = _slice(space, (a > 0) & (_at(b, step) > 0), step, LANES)
+        totals += tl.exp((_at(columns, step) + M - top).to(dtype))
     log_a = log_of(a)
     rows = log_a - (top + tl.log(_over_lanes(totals, LANES, False).to(tl.float64)))
     rows = tl.where(a > 0, rows - excess(log_a, dtype), float("-inf"))
@@ -136,8 +136,8 @@ def _restart(space, again, K, a, b, u, alpha, beta, steps, LANES: tl.constexpr):
     _write(alpha, rows, again & (a > 0), LANES)
     _write(beta, columns, again & (b > 0), LANES)
     for step in range(steps):
-        M = _slice(space, (a > 0) & (_at(b, step, 0.0) > 0), step, LANES)
-        made = tl.exp((rows + _at(columns, step, float("-inf")) + M).to(dtype))
+        M = _slice(space, (a > 0) & (_at(b, step) > 0), step, LANES)
+        made = tl.exp((rows + _at(columns, step) + M).to(dtype))
         K = tl.where((fold == step) & again, made, K)
     return K
 
@@ -183,7 +183,7 @@ def _sinkhorn_packed_kernel(
     a = tl.load(a + (of_row * a_stride_b + row.to(tl.int64) * a_stride_n), mask=in_rows, other=0.0)
     b = tl.load(b + (of_column * b_stride_b + column.to(tl.int64) * b_stride_m), mask=in_columns, other=0.0)
     a, b = tl.reshape(a, (1, BLOCK, 32)), tl.reshape(b, (FOLD, 1, 32))
-    alpha, beta = (absorbed, n + m), (absorbed + n, n + m)
+    alpha, beta, waiting = (absorbed, n + m), (absorbed + n, n + m), (f, n)
     _write(alpha, log_of(a), a > 0, LANES)
     _write(beta, log_of(b), b > 0, LANES)
     tl.debug_barrier()
@@ -208,10 +208,12 @@ def _sinkhorn_packed_kernel(
         taken = running & ~unsafe
         u, v = tl.where(taken, new_u, u), tl.where(taken, new_v, v)
         if tl.max(tl.where(again, 1, 0)) != 0:
-            K = _restart(space, again, K, a, b, u, alpha, beta, steps, LANES)
+            _write(waiting, u, a > 0, LANES)  # whose registers the restart needs
+            tl.debug_barrier()
+            K = _restart(space, again, K, a, b, waiting, alpha, beta, steps, LANES)
             tl.debug_barrier()  # alpha and beta have been written
             v = tl.where(again, first_scaling(b), v)
-            u = tl.where(again, scaling_of(a, _over_columns(K * v, LANES)), u)
+            u = tl.where(again, scaling_of(a, _over_columns(K * v, LANES)), tl.where(a > 0, _read(waiting, a > 0, LANES), 0.0))
         iteration += 1
         going = iteration < max_iter
         if ((iteration % check_every == 0) & (tol >= 0)) | ~going:
@@ -224,8 +226,8 @@ def _sinkhorn_packed_kernel(
     K *= v * u
     spent = tl.zeros((1, BLOCK, 32), tl.float64)
     for step in range(steps):
-        M = _slice(space, (a > 0) & (_at(b, step, 0.0) > 0), step, LANES)
-        T = _at(K, step, float("-inf"))
+        M = _slice(space, (a > 0) & (_at(b, step) > 0), step, LANES)
+        T = _at(K, step)
         spent += tl.where(T > 0, T * M, 0.0)
         at = step * LANES + k
         tl.store(plan + (of_row * n * m + (row * m + at)), tl.reshape(T, row.shape), mask=in_rows & (at < m))

@@ -90,13 +90,37 @@ def test_packed_problems_are_each_solved_by_itself(packed, device_for):
 
 def test_packed_problems_of_any_strides(packed, device_for):
     device, generator = device_for("sinkhorn", "triton"), torch.Generator().manual_seed(0)
-    cost, a, b = (x.to(device) for x in (torch.rand(2, 7, 5, generator=generator), torch.rand(2, 7), torch.rand(2, 5)))
+    cost, a, b = (torch.rand(2, *shape, generator=generator).to(device) for shape in ((7, 5), (7,), (5,)))
     a, b, options = a / a.sum(-1, keepdim=True), b / b.sum(-1, keepdim=True), {"max_iter": 3, "backend": "triton"}
     expected = sinkhorn(cost, a, b, **options).plan
     for (name, cost_so), (_, a_so), (_, b_so) in zip(layouts(cost), layouts(a), layouts(b)):
         assert torch.equal(sinkhorn(cost_so, a_so, b_so, **options).plan, expected), name
     expanded = sinkhorn(cost[:1].expand(3, -1, -1), a[:1].expand(3, -1), b[:1].expand(3, -1), **options).plan
     assert torch.equal(expanded, expected[:1].expand(3, -1, -1))
+
+
+def test_packed_problems_with_costs_beyond_all_others(packed, device_for):
+    """Float32 has no digit left for what distinguishes them, where it holds a sum or a maximum of the whole exponent."""
+    device, generator = device_for("sinkhorn", "triton"), torch.Generator().manual_seed(0)
+    cost = torch.rand(4, 6, 7, generator=generator).to(device)
+    cost[1, 2] = cost[2, :, 3] = 1e10
+    cost[3] += 1e10
+    result = sinkhorn(cost, max_iter=5, backend="triton")
+    exact = sinkhorn(cost.double(), max_iter=5, backend="eager")
+    assert result.f.isfinite().all() and result.g.isfinite().all()
+    assert torch.allclose(result.plan.double(), exact.plan, rtol=1e-4, atol=1e-7)  # exponents of 1e11 in double are exact to 1e-5
+
+
+def test_packed_problems_without_a_solution(packed, device_for):
+    device, generator = device_for("sinkhorn", "triton"), torch.Generator().manual_seed(0)
+    cost = torch.rand(6, 4, 5, generator=generator).to(device)
+    expected = sinkhorn(cost, max_iter=5, backend="triton").plan
+    cost[2, 1, 2], cost[4, 1] = torch.nan, torch.inf
+    for max_iter in (1, 5):
+        result, eager = (sinkhorn(cost, max_iter=max_iter, backend=backend) for backend in ("triton", "eager"))
+        assert eager.plan[[2, 4]].isnan().any((1, 2)).all() and torch.equal(result.plan.isnan(), eager.plan.isnan())
+        assert not result.converged[[2, 4]].any()
+    assert torch.equal(result.plan[[0, 1, 3, 5]], expected[[0, 1, 3, 5]])
 
 
 def test_packed_serves_many_small_balanced_problems():
@@ -189,6 +213,20 @@ def test_kernel_keeps_the_history(kernel, device_for):
     *_, expected = torch.ops.helo_fast.sinkhorn_fwd(*inputs, *options, "eager")
     ran = torch.arange(arguments["max_iter"], device=device) < n_iter.unsqueeze(-1)
     assert n_iter.min() < arguments["max_iter"] and torch.allclose(history[ran], expected[ran], atol=1e-12) and (history[~ran] == 0).all()
+
+
+@pytest.mark.parametrize("several", (False, True), ids=("one_to_a_program", "several_to_a_program"))
+def test_kernel_masses_near_underflow(several, request, device_for):
+    """Their scalings leave a part of them to the potentials."""
+    if several:
+        request.getfixturevalue("packed")
+    device, generator = device_for("sinkhorn", "triton"), torch.Generator().manual_seed(0)
+    cost, a, b = (torch.rand(2, *shape, generator=generator, dtype=torch.float64).to(device) for shape in ((6, 7), (6,), (7,)))
+    a[:, 1], b[:, 3] = 1e-220, 1e-250
+    a, b = a / a.sum(-1, keepdim=True), b / b.sum(-1, keepdim=True)
+    actual, expected = (sinkhorn(cost, a, b, max_iter=30, backend=backend) for backend in ("triton", "eager"))
+    for name in ("f", "g"):
+        assert torch.allclose(getattr(actual, name), getattr(expected, name), rtol=0, atol=1e-12), name
 
 
 @pytest.mark.parametrize("gradient", ("implicit", "unrolled"))

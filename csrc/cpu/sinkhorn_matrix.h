@@ -54,7 +54,7 @@ void SinkhornSolver<scalar>::start() {
     for (int64_t s = 1; s < slice_count_; ++s) top = top > slices_[s].partial[j] ? top : slices_[s].partial[j];
     psi_[j] = log_b_[j] - top;
   }
-  for (int64_t j = m_; j < mp_; ++j) psi_[j] = 0;
+  for (int64_t j = m_; j < mp_; ++j) psi_[j] = log_b_[j];
   build();
 }
 

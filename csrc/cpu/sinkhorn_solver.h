@@ -9,9 +9,10 @@
 // Layout: a vector holds a brick of K, `count` rows of `width` columns (16 bytes); a group is `lanes` rows, so bricks `width` deep
 // (fewer in the last group); K is [group][columns / width][depth][lanes]. Then K v needs no sum across a vector but two within its
 // 16-byte pieces per group, K' u one per `width` columns per pass, and neither dimension is padded beyond a brick. Row r of piece p
-// of brick k stands at slot p * width + k of its group in everything per row. An empty slot, or a padded column, has K = 0, mass 1,
-// and 1 added to its sum, so that its scaling is 1. (Uniform masses are 1 each, in units of 1/n and 1/m: the scalings are divided by
-// exact counts. Rounded, 1/n and 1/m would differ in sum, and f and g move apart by as much at every iteration.)
+// of brick k stands at slot p * width + k of its group in everything per row. Masses are kept times a count, which is 1; but uniform ones
+// are 1 times n and m, and the scalings divided by these: rounded, 1/n and 1/m would differ in sum, and f and g move apart by as much at
+// every iteration. An empty slot, or a padded column, has K = 0, 1 as its mass times the count, and 1 / count added to its sum, so that
+// its scaling is 1.
 //
 // The groups of a large problem are cut into slices, by its shape alone; threads may take one each. Rows and columns without mass
 // are left out. How K comes from the costs, and the plan from K, stands in sinkhorn_matrix.h; the passes over K in sinkhorn_sweeps.h.
@@ -40,8 +41,8 @@ class SinkhornSolver {
         for_each_(for_each),
         hard_rows_(x.kappa_a == 1),
         hard_columns_(x.kappa_b == 1),
-        per_a_(x.a ? 1 : scalar(x.n)),
-        per_b_(x.b ? 1 : scalar(x.m)) {
+        count_a_(x.a ? 1 : scalar(x.n)),
+        count_b_(x.b ? 1 : scalar(x.m)) {
     const Sizes size(x.n, x.m);
     for (double** p : {&phi_, &log_a_, &alpha_}) *p = take<double>(size.rows);
     for (double** p : {&psi_, &log_b_, &beta_, &g_, &next_g_, &top_, &total_}) *p = take<double>(size.columns);
@@ -176,7 +177,7 @@ class SinkhornSolver {
     n_ = a ? 0 : x_.n, m_ = 0;
     for (int64_t i = 0; a && i < x_.n; ++i) n_ += a[i] > 0;
     np_ = padded(n_), groups_ = np_ / lanes;
-    clear(np_ - lanes, np_, rows_, a_, empty_row_, per_a_);  // only the last group has empty slots
+    clear(np_ - lanes, np_, rows_, a_, empty_row_, count_a_);  // only the last group has empty slots
     for (int64_t group = 0, i = 0, left = n_; group < groups_; ++group)
       for (int64_t p = 0; p < P::count; ++p)
         for (int64_t k = 0; k < depth(group) && left > 0; ++k, ++i, --left) {
@@ -187,15 +188,15 @@ class SinkhornSolver {
     for (int64_t j = 0; j < x_.m; ++j)
       if (!b || b[j] > 0) columns_[m_] = j, b_[m_] = b ? b[j] : 1, empty_column_[m_] = 0, ++m_;
     mp_ = padded(m_), chunks_ = (m_ + width - 1) / width;
-    clear(m_, mp_, columns_, b_, empty_column_, per_b_);
+    clear(m_, mp_, columns_, b_, empty_column_, count_b_);
     block_groups_ = m_ <= kBlockColumns ? kBlockGroups : 1;
     slice_count_ = Sizes(n_, m_).slices;
-    for (int64_t i = 0; i < np_; ++i) log_a_[i] = log_vectorised(double(a_[i]) / per_a_);
-    for (int64_t j = 0; j < mp_; ++j) log_b_[j] = log_vectorised(double(b_[j]) / per_b_);
+    for (int64_t i = 0; i < np_; ++i) log_a_[i] = log_vectorised(double(a_[i]) / count_a_);
+    for (int64_t j = 0; j < mp_; ++j) log_b_[j] = log_vectorised(double(b_[j]) / count_b_);
   }
 
-  static void clear(int64_t begin, int64_t end, int64_t* where, scalar* mass, scalar* empty, scalar per) {
-    for (int64_t i = begin < 0 ? 0 : begin; i < end; ++i) where[i] = -1, mass[i] = 1, empty[i] = 1 / per;
+  static void clear(int64_t begin, int64_t end, int64_t* where, scalar* mass, scalar* empty, scalar count) {
+    for (int64_t i = begin < 0 ? 0 : begin; i < end; ++i) where[i] = -1, mass[i] = 1, empty[i] = 1 / count;
   }
 
   template <typename Body>
@@ -245,7 +246,7 @@ class SinkhornSolver {
   full scale(int64_t group, full sums, Check& check);
   void finish(int64_t j, Check& check);
   void next_columns(int64_t j, full sums, Check& check);
-  full rescale(bool hard, full sums, const scalar* mass, scalar per, const double* log_mass, const double* potential, double kappa,
+  full rescale(bool hard, full sums, const scalar* mass, scalar count, const double* log_mass, const double* potential, double kappa,
                int64_t at, double* updated) const;
   static full damped(full sums, const double* log_mass, const double* potential, double kappa, double* updated);
 
@@ -325,7 +326,7 @@ class SinkhornSolver {
   double marginal_error() {
     double error = 0;
     for (int64_t j = 0; j < m_; ++j) {
-      const double mass = double(b_[j]) / per_b_, target = x_.slope_b == 0 ? mass : mass * std::exp(-x_.slope_b * g_[j]);
+      const double mass = double(b_[j]) / count_b_, target = x_.slope_b == 0 ? mass : mass * std::exp(-x_.slope_b * g_[j]);
       error += std::fabs(double(v_[j]) * w_[j] - target);
     }
     return error;
@@ -353,7 +354,7 @@ class SinkhornSolver {
   void write_nothing() {
     clear_result();
     double error = 0;
-    for (int64_t j = 0; j < m_; ++j) error += double(b_[j]) / per_b_;
+    for (int64_t j = 0; j < m_; ++j) error += double(b_[j]) / count_b_;
     write_numbers(0, error, x_.max_iter);
   }
 
@@ -373,7 +374,7 @@ class SinkhornSolver {
   unsigned char* scratch_;
   ForEach for_each_;
   const bool hard_rows_, hard_columns_;  // marginals
-  const scalar per_a_, per_b_;           // a_ and b_ are masses times these
+  const scalar count_a_, count_b_;       // a_ and b_ are masses times these
   int64_t problem_ = 0, iterations_ = 0;
   int64_t n_ = 0, m_ = 0, np_ = 0, mp_ = 0;             // rows and columns with mass; padded to whole vectors
   int64_t groups_ = 0, block_groups_ = 1, chunks_ = 0, slice_count_ = 0;   // a chunk is `width` columns

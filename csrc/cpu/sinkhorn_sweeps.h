@@ -151,7 +151,7 @@ HELO_FAST_INLINE void SinkhornSolver<scalar>::finish(int64_t j, Check& check) {
 
 template <typename scalar>
 HELO_FAST_INLINE void SinkhornSolver<scalar>::next_columns(int64_t j, full sums, Check& check) {
-  const full v = rescale(hard_columns_, sums, b_, per_b_, log_b_, psi_, x_.kappa_b, j, next_g_);
+  const full v = rescale(hard_columns_, sums, b_, count_b_, log_b_, psi_, x_.kappa_b, j, next_g_);
   store(next_v_ + j, v);
   check.see(v);
 }
@@ -230,7 +230,7 @@ template <typename scalar>
 HELO_FAST_INLINE typename SinkhornSolver<scalar>::full SinkhornSolver<scalar>::scale(int64_t group, full sums, Check& check) {
   const int64_t slot = group * lanes;
   sums += load<full>(empty_row_ + slot);
-  const full u = rescale(hard_rows_, sums, a_, per_a_, log_a_, phi_, x_.kappa_a, slot, alpha_);
+  const full u = rescale(hard_rows_, sums, a_, count_a_, log_a_, phi_, x_.kappa_a, slot, alpha_);
   store(u_ + slot, u);
   check.see(u);
   return u;
@@ -239,10 +239,10 @@ HELO_FAST_INLINE typename SinkhornSolver<scalar>::full SinkhornSolver<scalar>::s
 // mass * exp((kappa - 1) * potential) * sums^-kappa. Where the marginal is soft, `updated` receives the new potential less log mass.
 template <typename scalar>
 HELO_FAST_INLINE typename SinkhornSolver<scalar>::full SinkhornSolver<scalar>::rescale(
-    bool hard, full sums, const scalar* mass, scalar per, const double* log_mass, const double* potential, double kappa, int64_t at,
+    bool hard, full sums, const scalar* mass, scalar count, const double* log_mass, const double* potential, double kappa, int64_t at,
     double* updated) const {
   if (!hard) return damped(sums, log_mass + at, potential + at, kappa, updated + at);
-  return sums > kTiny ? load<full>(mass + at) / (sums * per) : full{} + scalar(HUGE_VAL);
+  return sums > kTiny ? load<full>(mass + at) / (sums * count) : full{} + scalar(HUGE_VAL);
 }
 
 template <typename scalar>
