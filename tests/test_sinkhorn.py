@@ -175,10 +175,23 @@ def test_tolerance_stops_each_problem_by_itself(backend, device_for):
     assert hopeless.n_iter == 5 and not hopeless.converged
 
 
+@pytest.mark.parametrize("backend", ("cpp", "cuda"))
+@pytest.mark.parametrize("size", ((6, 7), (9, 70)), ids=str)
+def test_costs_beyond_all_others(size, backend, device_for):
+    """Float32 has no digit left for what distinguishes them, where it holds the whole exponent."""
+    cost = torch.rand(4, *size, generator=torch.Generator().manual_seed(0)).to(device_for("sinkhorn", backend))
+    cost[1, 2] = cost[2, :, 3] = 1e10
+    cost[3] += 1e10
+    actual = sinkhorn(cost, max_iter=5, backend=backend)
+    exact = sinkhorn(cost.double(), max_iter=5, backend="eager")
+    assert actual.f.isfinite().all() and actual.g.isfinite().all()
+    assert torch.allclose(actual.plan.double(), exact.plan, rtol=1e-4, atol=1e-7)  # exponents of 1e11 in double are exact to 1e-5
+
+
 @pytest.mark.parametrize("size", ((30, 41), (200, 300)), ids=str)
 def test_uniform_masses_do_not_move_the_potentials(size, device_for):
     """Rounded to float32, their sums differ: f would grow by as much at every iteration, and g fall."""
-    cost = torch.rand(2, *size, device=device_for("sinkhorn", "cpp"), generator=torch.Generator().manual_seed(0))
+    cost = torch.rand(2, *size, generator=torch.Generator().manual_seed(0)).to(device_for("sinkhorn", "cpp"))
     epsilon = 0.2
     actual = sinkhorn(cost, epsilon=epsilon, max_iter=2000, backend="cpp")
     exact = sinkhorn(cost.double(), epsilon=epsilon, max_iter=2000, backend="cpp")

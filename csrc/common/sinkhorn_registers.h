@@ -249,32 +249,50 @@ class SinkhornRegisters {
     for (scalar& each : mine.scaling) each = 1;
   }
 
-  // This side's potential, so that the largest entry of K is the mass of its row or column. That place need not be exact.
+  // This side's potential, so that the largest entry of K is the mass of its row or column. That place need not be exact: only where
+  // exponents are so large that their type has no digits left for it, it is looked for again from there.
   template <bool of_rows>
   HELO_FAST_HD void centre() {
+    if (!team_.any(place<of_rows, false>())) return;
+    team_.sync();
+    place<of_rows, true>();
+  }
+
+  // Whether exponents are that large.
+  template <bool of_rows, bool again>
+  HELO_FAST_HD bool place() {
     auto& mine = side<of_rows>();
     auto& other = side<!of_rows>();
     using Split = typename std::decay_t<decltype(mine)>::Split;
-    const scalar per_epsilon = scalar(1 / x_.epsilon);
-    int from[mine.kTile];
+    const double per_epsilon = 1 / x_.epsilon;
+    int at[mine.kTile];
     scalar tops[mine.kTile], top[mine.kOwned];
     unroll<mine.kTile>([&](auto s) {
-      from[s] = mine.at(s) * (of_rows ? Grid::kStride : 1);
+      at[s] = mine.at(s);
       tops[s] = -HUGE_VAL;
     });
     unroll<other.kTile>([&](auto t) {
-      const int at = other.at(t);
-      const scalar alpha = scalar(this->template potential<!of_rows>(at));
+      const int across = other.at(t);
+      const double alpha = this->template potential<!of_rows>(across);
       HELO_FAST_UNROLL
-      for (int s = 0; s < mine.kTile; ++s)
-        tops[s] = Larger()(tops[s], alpha - shared_.cost[from[s] + at * (of_rows ? 1 : Grid::kStride)] * per_epsilon);
+      for (int s = 0; s < mine.kTile; ++s) {
+        const scalar cost = shared_.cost[of_rows ? at[s] * Grid::kStride + across : across * Grid::kStride + at[s]];
+        const scalar exponent = again ? scalar(alpha + this->template potential<of_rows>(at[s]) - double(cost) * per_epsilon)
+                                      : scalar(alpha) - cost * scalar(per_epsilon);
+        tops[s] = Larger()(tops[s], exponent);
+      }
     });
     Split::reduce(team_, tops, top, Larger());
+    bool large = false;
+    if (again) team_.sync();  // the potentials have been read
     Split::for_owned([&](int k, auto slot) {
       if (!mine.holds(k, slot)) return;
-      const double level = log_mass<of_rows>(mine.at(slot));
-      potential<of_rows>(mine.at(slot)) = (level > kLowest ? level : kLowest) - double(top[k]);
+      const double mass = log_mass<of_rows>(mine.at(slot)), level = mass > kLowest ? mass : kLowest;
+      double& mine_of_it = potential<of_rows>(mine.at(slot));
+      mine_of_it = (again ? mine_of_it : 0) + level - double(top[k]);
+      large |= sizeof(scalar) == 4 && top[k] < -1e7f;
     });
+    return large;
   }
 
   // K from the potentials; the exponent in double.

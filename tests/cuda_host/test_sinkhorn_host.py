@@ -73,6 +73,19 @@ def test_uniform_masses_do_not_move_the_potentials(programs):
         assert (value - truth).abs().max() < slack
 
 
+@pytest.mark.parametrize("kernel", ("registers", "streaming"))
+def test_costs_beyond_all_others(kernel, programs):
+    """Float32 has no digit left for what distinguishes them, where it holds the whole exponent."""
+    cost = torch.rand(4, 6, 7, generator=torch.Generator().manual_seed(0))
+    cost[1, 2] = cost[2, :, 3] = 1e10
+    cost[3] += 1e10
+    options = tuple((OPTIONS | {"max_iter": 5}).values())
+    actual = solve(programs("sinkhorn", "plain"), cost, None, None, options, kernel=kernel)
+    exact = reference.fwd(cost.double(), None, None, *options, False)
+    assert actual[1].isfinite().all() and actual[2].isfinite().all()
+    assert torch.allclose(actual[0].double(), exact[0], rtol=1e-4, atol=1e-7)  # exponents of 1e11 in double are exact to 1e-5
+
+
 @pytest.mark.parametrize("flags", FLAGS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("kernel", ("registers", "streaming"))
