@@ -90,6 +90,16 @@ def test_written_configuration_reads_back_the_same(tmp_path):
     assert again.dump() == cli.dump() and again.config.folds == ["1", "2"] and not again.config.overwrite
 
 
+def test_names_like_numbers_stay_text_in_a_written_configuration(tmp_path):
+    names = ["1e3", "1.5e3", "+1E-3", "007", "0x10", "1_000", "1:30", ".5", "2020-01-01", "true", "null"]
+    (tmp_path / "given.yaml").write_text(yaml.safe_dump({"data": "synthetic"}) + f"folds: {json.dumps(names)}\noptimizer:\n  lr: 1e-3\n")
+    for argv in (["--config", str(tmp_path / "given.yaml")], [*DATA, "--folds", *names, "--optimizer.lr", "1e-3"]):
+        cli = HeLoCLI([*argv, "--out=1e3"])
+        (tmp_path / "config.yaml").write_text(cli.dump())
+        config = HeLoCLI(["--config", str(tmp_path / "config.yaml")]).config
+        assert cli.config.folds == config.folds == names and config.out == "1e3" and config.optimizer.lr == 1e-3
+
+
 @pytest.mark.parametrize("command", ("train", "evaluate", "predict"))
 def test_help_explains_the_options(command, capsys):
     with pytest.raises(SystemExit) as exit:
