@@ -18,6 +18,7 @@ from helo_fast.train.fold import fold_folder
 from helo_fast.train.options import HeLoCLI, translate
 
 DATA = ["--data=synthetic", "--data.n_subjects=3", "--data.n_trials=2", "--data.n_windows=3", "--data.n_channels=2", "--data.dim_video=8"]
+TWO = ["--trainer.accelerator=cpu", "--trainer.devices=2"]
 SYNTHETIC = "helo_fast.train.data.synthetic.SyntheticData"
 
 
@@ -153,10 +154,19 @@ def test_info_and_usage(capsys):
         (["train", *DATA, "--trainer.limit_val_batches", "0"], "--trainer.limit_val_batches: 0 leaves early stopping nothing to go by"),
         (["train", *DATA, "--trainer.limit_train_batches", "0"], "--trainer.limit_train_batches: 0 trains nothing"),
         (["train", *DATA, "--trainer.limit_test_batches", "1"], "limit_test_batches"),
+        (
+            ["train", *DATA, "--trainer.limit_train_batches", "0.5"],
+            "--trainer.limit_train_batches: 0.5 of the 1 batches of fold S01 is none",
+        ),
+        (["train", *DATA, "--trainer.limit_val_batches", "0.5"], "--trainer.limit_val_batches: 0.5 of the 1 batches of fold S01 is none"),
+        (["train", *DATA, "--trainer.overfit_batches", "0.5"], "--trainer.overfit_batches: 0.5 of the 1 batches of fold S01 is none"),
+        (["train", *DATA, "--trainer.val_check_interval", "9"], "--trainer.val_check_interval: 9 is more than the 1 training batches of"),
+        (["train", *DATA, "--trainer.val_check_interval", "00:00:01:00"], "--trainer.val_check_interval: early stopping goes by batches"),
+        (["train", *DATA, "--split=random", *TWO], "2 processes share the test rows, of which fold S01 has 1: use fewer devices"),
         (["train", "--config", __file__], f"--config: {__file__} cannot be read as YAML"),
         (["train", *DATA, "--out", __file__], f"--out: {__file__} cannot be a run's folder"),
         (["train", *DATA, "--out", f"{__file__}/below"], f"--out: {__file__}/below cannot be a run's folder"),
-        (["train", *DATA, "--jobs", "2", "--trainer.accelerator", "cpu", "--trainer.devices", "2"], "--jobs: 2 with several devices"),
+        (["train", *DATA, "--jobs", "2", *TWO], "--jobs: 2 with several devices"),
         (["train", "--config", "no/such/file.yaml"], "File does not exist"),
         (["train", "--data", "wesad", "--data.root", "no/such/folder"], "no/such/folder"),
         (["predict", "--checkpoint", "no.ckpt", *DATA, "--output", "a.csv"], "--checkpoint: no.ckpt is no file"),

@@ -235,6 +235,8 @@ class HeLoCLI(LightningCLI):
                 raise ValueError(f"--trainer.{name}: 0 trains nothing: give more, or leave it out")
         if config.trainer.limit_val_batches == 0 and config.patience:
             raise ValueError("--trainer.limit_val_batches: 0 leaves early stopping nothing to go by: add --patience 0")
+        if config.patience and not isinstance(config.trainer.val_check_interval, (int, float, type(None))):
+            raise ValueError("--trainer.val_check_interval: early stopping goes by batches, not by a time: give these, or add --patience 0")
         seeds = config.seeds
         if len(set(seeds)) < len(seeds) or min(seeds, default=-1) < 0 or max(seeds) > MOST_SEED:
             raise ValueError(f"--seeds: expected different integers >= 0 and <= {MOST_SEED}, got {seeds}")

@@ -220,6 +220,18 @@ def test_subjects_named_like_numbers_are_trained_on_in_parallel(tmp_path, monkey
     assert metrics["folds"] == ["1e3", "007"] and list(dict.fromkeys(table.subject)) == metrics["folds"]
 
 
+def test_trainer_options_are_held_to_the_fold_of_fewest_batches(tmp_path, monkeypatch, capsys):
+    """A fold that cannot be split fails in its turn, and is no reason to refuse the others."""
+    (tmp_path / "my_module.py").write_text(MY_DATA)
+    monkeypatch.chdir(tmp_path)
+    options = ("--data", "my_module.MyData", "--batch-size", "5", "--epochs", "1", "--baselines", "false")
+    assert train("out", *options, "--trainer.val_check_interval", "4") == 2  # 12 rows of one subject train: three batches
+    assert "4 is more than the 3 training batches of fold S01: give at most 3" in capsys.readouterr().err
+    assert not Path("out").exists()
+    assert train("out", *options, "--trainer.val_check_interval", "3") == 1
+    assert read("out/metrics.json")["folds"] == ["S01", "S03"]
+
+
 OWN_ARRAYS = """
 import numpy as np
 
