@@ -18,6 +18,7 @@ from helo_fast.train.fold import fold_folder
 from helo_fast.train.options import HeLoCLI, translate
 
 DATA = ["--data=synthetic", "--data.n_subjects=3", "--data.n_trials=2", "--data.n_windows=3", "--data.n_channels=2", "--data.dim_video=8"]
+TWO = ["--trainer.accelerator=cpu", "--trainer.devices=2"]
 SYNTHETIC = "helo_fast.train.data.synthetic.SyntheticData"
 
 
@@ -90,6 +91,16 @@ def test_written_configuration_reads_back_the_same(tmp_path):
     assert again.dump() == cli.dump() and again.config.folds == ["1", "2"] and not again.config.overwrite
 
 
+def test_names_like_numbers_stay_text_in_a_written_configuration(tmp_path):
+    names = ["1e3", "1.5e3", "+1E-3", "007", "0x10", "1_000", "1:30", ".5", "2020-01-01", "true", "null"]
+    (tmp_path / "given.yaml").write_text(yaml.safe_dump({"data": "synthetic"}) + f"folds: {json.dumps(names)}\noptimizer:\n  lr: 1e-3\n")
+    for argv in (["--config", str(tmp_path / "given.yaml")], [*DATA, "--folds", *names, "--optimizer.lr", "1e-3"]):
+        cli = HeLoCLI([*argv, "--out=1e3"])
+        (tmp_path / "config.yaml").write_text(cli.dump())
+        config = HeLoCLI(["--config", str(tmp_path / "config.yaml")]).config
+        assert cli.config.folds == config.folds == names and config.out == "1e3" and config.optimizer.lr == 1e-3
+
+
 @pytest.mark.parametrize("command", ("train", "evaluate", "predict"))
 def test_help_explains_the_options(command, capsys):
     with pytest.raises(SystemExit) as exit:
@@ -143,10 +154,19 @@ def test_info_and_usage(capsys):
         (["train", *DATA, "--trainer.limit_val_batches", "0"], "--trainer.limit_val_batches: 0 leaves early stopping nothing to go by"),
         (["train", *DATA, "--trainer.limit_train_batches", "0"], "--trainer.limit_train_batches: 0 trains nothing"),
         (["train", *DATA, "--trainer.limit_test_batches", "1"], "limit_test_batches"),
+        (
+            ["train", *DATA, "--trainer.limit_train_batches", "0.5"],
+            "--trainer.limit_train_batches: 0.5 of the 1 batches of fold S01 is none",
+        ),
+        (["train", *DATA, "--trainer.limit_val_batches", "0.5"], "--trainer.limit_val_batches: 0.5 of the 1 batches of fold S01 is none"),
+        (["train", *DATA, "--trainer.overfit_batches", "0.5"], "--trainer.overfit_batches: 0.5 of the 1 batches of fold S01 is none"),
+        (["train", *DATA, "--trainer.val_check_interval", "9"], "--trainer.val_check_interval: 9 is more than the 1 training batches of"),
+        (["train", *DATA, "--trainer.val_check_interval", "00:00:01:00"], "--trainer.val_check_interval: early stopping goes by batches"),
+        (["train", *DATA, "--split=random", *TWO], "2 processes share the test rows, of which fold S01 has 1: use fewer devices"),
         (["train", "--config", __file__], f"--config: {__file__} cannot be read as YAML"),
         (["train", *DATA, "--out", __file__], f"--out: {__file__} cannot be a run's folder"),
         (["train", *DATA, "--out", f"{__file__}/below"], f"--out: {__file__}/below cannot be a run's folder"),
-        (["train", *DATA, "--jobs", "2", "--trainer.accelerator", "cpu", "--trainer.devices", "2"], "--jobs: 2 with several devices"),
+        (["train", *DATA, "--jobs", "2", *TWO], "--jobs: 2 with several devices"),
         (["train", "--config", "no/such/file.yaml"], "File does not exist"),
         (["train", "--data", "wesad", "--data.root", "no/such/folder"], "no/such/folder"),
         (["predict", "--checkpoint", "no.ckpt", *DATA, "--output", "a.csv"], "--checkpoint: no.ckpt is no file"),

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from jsonargparse import DefaultHelpFormatter, Namespace
+from jsonargparse import DefaultHelpFormatter, Namespace, get_loader, set_dumper
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
@@ -87,12 +88,29 @@ def class_path(name: str) -> str:
     return f"{cls.__module__}.{cls.__qualname__}"
 
 
+class _Dumper(yaml.SafeDumper):
+    """Quotes every text that begins like a number: jsonargparse takes more of them for one than PyYAML does, 1e3 and 1.5e3."""
+
+    def represent_text(self, text: str) -> yaml.ScalarNode:
+        return self.represent_scalar("tag:yaml.org,2002:str", text, style="'" if re.match(r"[-+.]*\d", text) else None)
+
+
+_Dumper.add_representer(str, _Dumper.represent_text)
+
+
+def _dump_yaml(content: Any) -> str:
+    return yaml.dump(content, Dumper=_Dumper, default_flow_style=False, allow_unicode=True, sort_keys=False)
+
+
+set_dumper("yaml", _dump_yaml)  # of config.yaml and --print_config
+
+
 def _named_in_file(path: str) -> str:
     """A configuration file, or its content where its ``data`` is a short name that Lightning's CLI cannot resolve."""
     if not Path(path).is_file():
         return path
     try:
-        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        content = get_loader("yaml")(Path(path).read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"--config: {path} cannot be read as YAML, mend it: {error}") from error
     data = content.get("data") if isinstance(content, dict) else None
@@ -100,7 +118,7 @@ def _named_in_file(path: str) -> str:
     if not isinstance(given, str):
         return path
     content["data"] = {**(data if isinstance(data, dict) else {}), "class_path": class_path(given)}
-    return yaml.safe_dump(content)
+    return _dump_yaml(content)
 
 
 def check_backend() -> None:
@@ -217,6 +235,8 @@ class HeLoCLI(LightningCLI):
                 raise ValueError(f"--trainer.{name}: 0 trains nothing: give more, or leave it out")
         if config.trainer.limit_val_batches == 0 and config.patience:
             raise ValueError("--trainer.limit_val_batches: 0 leaves early stopping nothing to go by: add --patience 0")
+        if config.patience and not isinstance(config.trainer.val_check_interval, (int, float, type(None))):
+            raise ValueError("--trainer.val_check_interval: early stopping goes by batches, not by a time: give these, or add --patience 0")
         seeds = config.seeds
         if len(set(seeds)) < len(seeds) or min(seeds, default=-1) < 0 or max(seeds) > MOST_SEED:
             raise ValueError(f"--seeds: expected different integers >= 0 and <= {MOST_SEED}, got {seeds}")

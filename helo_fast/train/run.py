@@ -19,6 +19,7 @@ from filelock import FileLock, Timeout
 from lightning.pytorch.utilities import rank_zero_only
 from tqdm import tqdm
 
+from helo_fast.train.checks import check_folds
 from helo_fast.train.data.base import EmotionDataModule
 from helo_fast.train.data.splits import RANDOM_LEAKS
 from helo_fast.train.files import read_json, write_json, write_text
@@ -47,7 +48,7 @@ def train(argv: list[str]) -> int:
     quiet_lightning()
     check_backend()
     cli.make_module(data)
-    cli.make_trainer([], [])
+    check_folds(data, tasks, cli.make_trainer([], []))
     jobs = _jobs(cli, len(tasks))  # of all folds, not of those that wait: the last digits depend on the number of threads
     with _process_group(cli), _claim(out, cli.config.overwrite) if first else contextlib.nullcontext():
         if first:

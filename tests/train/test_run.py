@@ -194,6 +194,44 @@ def test_parallel_folds_of_ones_own_data_survive_the_failure_of_one(tmp_path, mo
     assert metrics["folds"] == ["S01", "S03"] and [e["fold"] for e in metrics["errors"]] == ["S02"]
 
 
+NAMED_LIKE_NUMBERS = """
+from dataclasses import replace
+
+import numpy as np
+
+from helo_fast.train.data.synthetic import SyntheticData
+
+class MyData(SyntheticData):
+    '''Synthetic data of subjects that are named like numbers.'''
+
+    def load(self):
+        data = super().load()
+        names = {"S01": "1e3", "S02": "007", "S03": "0x10"}
+        return replace(data, subject=np.array([names[subject] for subject in data.subject]))
+"""
+
+
+def test_subjects_named_like_numbers_are_trained_on_in_parallel(tmp_path, monkeypatch):
+    (tmp_path / "numbered_module.py").write_text(NAMED_LIKE_NUMBERS)
+    monkeypatch.chdir(tmp_path)
+    options = ("--data", "numbered_module.MyData", "--epochs", "1", "--folds", "007", "1e3", "--baselines", "false")
+    assert train("out", *options, jobs=2) == 0
+    metrics, table = read("out/metrics.json"), pd.read_csv("out/per_subject.csv", dtype={"subject": str})
+    assert metrics["folds"] == ["1e3", "007"] and list(dict.fromkeys(table.subject)) == metrics["folds"]
+
+
+def test_trainer_options_are_held_to_the_fold_of_fewest_batches(tmp_path, monkeypatch, capsys):
+    """A fold that cannot be split fails in its turn, and is no reason to refuse the others."""
+    (tmp_path / "my_module.py").write_text(MY_DATA)
+    monkeypatch.chdir(tmp_path)
+    options = ("--data", "my_module.MyData", "--batch-size", "5", "--epochs", "1", "--baselines", "false")
+    assert train("out", *options, "--trainer.val_check_interval", "4") == 2  # 12 rows of one subject train: three batches
+    assert "4 is more than the 3 training batches of fold S01: give at most 3" in capsys.readouterr().err
+    assert not Path("out").exists()
+    assert train("out", *options, "--trainer.val_check_interval", "3") == 1
+    assert read("out/metrics.json")["folds"] == ["S01", "S03"]
+
+
 OWN_ARRAYS = """
 import numpy as np
 
