@@ -111,7 +111,7 @@ def test_a_quick_run_on_the_cpu(tmp_path):
     statuses = {name: found["status"] for name, found in result["parts"].items()}
     assert {name for name, status in statuses.items() if status == "ok"} == {"environment", "ops", "steps", "batch"}
     measured = {(row["case"], row["member"]) for row in result["parts"]["ops"]["rows"] if row.get("median_ms", 0) > 0}
-    assert {member for _, member in measured} == {"eager", "cpp", "pot"} and len({case for case, _ in measured}) == 4
+    assert {member for _, member in measured} == {"eager", "cpp", "pot"} and len({case for case, _ in measured}) == 5
     steps = [row for row in result["parts"]["steps"]["rows"] if "median_ms" in row]
     plain = [("cpp first", "plain", "float32"), ("eager", "plain", "float32"), ("cpp first", "plain", "bfloat16")]
     assert [(row["member"], row["mode"], row["dtype"]) for row in steps] == plain
