@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
@@ -46,6 +48,11 @@ def has_values(tensor: Tensor) -> bool:
     if type(tensor).__torch_dispatch__ is not Tensor.__torch_dispatch__:  # FakeTensor, ...
         return False
     return not (_KNOWN and (_len_torch_dispatch_stack() or _are_functorch_transforms_active()))
+
+
+def autocast_off(device: torch.device) -> contextlib.AbstractContextManager:
+    """Inside, products are of the dtype of their operands. (torch knows no autocast for the meta device, and refuses.)"""
+    return contextlib.nullcontext() if device.type == "meta" else torch.autocast(device.type, enabled=False)
 
 
 def has_tangent(tensors: tuple[Tensor | None, ...]) -> bool:

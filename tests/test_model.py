@@ -310,3 +310,18 @@ def test_bad_label_embedding_and_missing_labels():
         build("paper")(*batch(), label_embedding=torch.rand(7, 16, device="meta"))
     with pytest.raises(TypeError, match="labels are needed for the loss"):
         build("paper").loss(*batch()[:4], None)
+
+
+@pytest.mark.parametrize("preset", ("released", "paper"))
+def test_shapes_on_the_meta_device(preset):
+    """As counters of operations and memory want it: nothing is computed."""
+    with torch.device("meta"):
+        model = helo_fast.HeLo(HeLoConfig(preset=preset))
+        config = model.config
+        inputs = [torch.rand(3, size) for size in (config.n_channels * config.dim_eeg, config.dim_gsr, config.dim_ppg, config.dim_video)]
+        labels = torch.rand(3, config.emotion_classes)
+    predict, *_ = model(*inputs)
+    assert predict.is_meta and predict.shape == labels.shape
+    model.loss(*inputs, labels)[0].backward()
+    without = {name for name, parameter in model.named_parameters() if parameter.grad is None}
+    assert without == ({"linear.weight", "linear.bias"} if config.unused_linear else set())

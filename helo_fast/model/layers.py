@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 
 from .. import _registry
+from .._torch_state import autocast_off
 from ..ops import transformer
 from ..ops.attention import reference as attention_reference
 from ..ops.attention.api import lcd_attention
@@ -237,7 +238,7 @@ class TransformerLayer(nn.Module):
 
 def gram(x: Tensor, dim: int) -> Tensor:
     """x x' with x scaled to unit norm along dim: over its rows' entries (-1, cosine similarity of the rows) or over the rows (-2)."""
-    with torch.autocast(x.device.type, enabled=False):
+    with autocast_off(x.device):
         x = _to_unit_norm(x, dim)
         return x @ x.mT
 
@@ -267,7 +268,7 @@ def transport_plan(config: HeLoConfig, x: Tensor, y: Tensor) -> Tensor:
 
 def _cosine_cost(x: Tensor, y: Tensor) -> Tensor:
     """1 - cos(x_i, y_j), [B, n, m], at least in float32."""
-    with torch.autocast(x.device.type, enabled=False):
+    with autocast_off(x.device):
         x, y = (_to_unit_norm(t if t.dtype == torch.float64 else t.float(), -1) for t in (x, y))
         return 1 - x @ y.mT
 

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from .._torch_state import goes_straight, has_tangent
+from .._torch_state import autocast_off, goes_straight, has_tangent
 
 try:  # torch's own, not promised: without one of them every call takes the dispatcher
     from torch._C import _AutoDispatchBelowAutograd
@@ -86,9 +86,9 @@ def cast_by_autocast(*tensors: object) -> tuple:
 
 def without_autocast(kernel: Callable, tensor: Tensor, *arguments: object) -> tuple[Tensor, ...]:
     """kernel(tensor, *arguments), whose products autocast would otherwise turn into halves."""
-    if not torch.is_autocast_enabled(tensor.device.type):
+    if tensor.is_meta or not torch.is_autocast_enabled(tensor.device.type):
         return kernel(tensor, *arguments)
-    with torch.autocast(tensor.device.type, enabled=False):
+    with autocast_off(tensor.device):
         return kernel(tensor, *arguments)
 
 

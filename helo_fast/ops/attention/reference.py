@@ -15,6 +15,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from ..._torch_state import autocast_off
 from . import philox
 
 DROPPED = -999999995904.0  # the logit of a dropped key: -1e12, rounded to float32 so that float32 and float64 agree on it
@@ -51,7 +52,7 @@ def lcd_attention(
     ``softmax(logits - 1e12)``, as the released code trains with, though the output does not depend on them (finite biases only).
     """
     compute = compute_dtype(q.dtype)
-    with torch.autocast(q.device.type, enabled=False):
+    with autocast_off(q.device):
         bias = bias.unsqueeze(1) if bias is not None and bias.dim() == 3 else bias
         logits = _logits(q if q.dim() == 4 else q.unsqueeze(0), k, bias, q.shape[-1] ** -0.5 if scale is None else scale, compute)
         if drop is not None:
