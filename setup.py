@@ -39,7 +39,8 @@ def architectures():
     """TORCH_CUDA_ARCH_LIST, or Ampere, Hopper and Blackwell as far as nvcc knows them, and PTX for what comes after."""
     if os.environ.get("TORCH_CUDA_ARCH_LIST"):
         return os.environ["TORCH_CUDA_ARCH_LIST"].replace(" ", ";").split(";")
-    known = subprocess.run([find_nvcc(), "--list-gpu-arch"], capture_output=True, text=True).stdout.split() if find_nvcc() else ()
+    nvcc = find_nvcc()
+    known = subprocess.run([nvcc, "--list-gpu-arch"], capture_output=True, text=True).stdout.split() if nvcc else ()
     names = [name for name in ("8.0", "9.0", "10.0") if f"compute_{name.replace('.', '')}" in known] or ["8.0"]
     return [*names[:-1], f"{names[-1]}+PTX"]
 

@@ -303,8 +303,9 @@ def sinkhorn_fwd(
     slopes = (0.0 if tau is None else epsilon / tau for tau in (tau_a, tau_b))
     numbers = epsilon, -1.0 / epsilon, -1.0 if tol is None else tol, *kappas, *slopes
     with device_guard(cost):
-        if tau_a is None and tau_b is None and not keep_history and sinkhorn_packed.block(batch, n, m, cost.dtype) is not None:
-            sinkhorn_packed.launch(cost, a, b, outputs[:-1], max_iter, check_every, numbers[:3])
+        plain = tau_a is None and tau_b is None and not keep_history
+        if plain and (BLOCK := sinkhorn_packed.block(batch, n, m, cost.dtype)) is not None:
+            sinkhorn_packed.launch(cost, a, b, outputs[:-1], BLOCK, max_iter, check_every, numbers[:3])
             return outputs
         BLOCK = block(n, m, cost.dtype)
         if BLOCK is None:

@@ -2,8 +2,8 @@
 
 The iteration and its notation are those of sinkhorn.py. There a warp shares a problem: of a small one a thread has only some entries, and
 most of an iteration is exchange between threads, and what every problem needs once. Here a thread holds all rows of some columns: a sum
-over rows is its own, one over columns takes an exchange or three. It pays where there are problems enough to keep a GPU busy with fewer
-threads to each.
+over rows is its own, one over columns takes an exchange or three. As compiled that is fewer instructions for a problem, but also fewer
+threads: it is for more problems than a GPU has room for.
 
 Grid: x = 32 / LANES problems, a warp. Column j = c LANES + k of row i of problem p stands at [c, i, p LANES + k] of a
 [BLOCK / LANES, BLOCK, 32] tile; what is of a row is at all k alike. Every tensor's last axis is the warp's 32 lanes, and memory is read
@@ -27,7 +27,10 @@ from .variant import Variant
 
 # Sides of the square tile that holds a problem: LANES.
 TILES = {torch.float32: {8: 2, 16: 8}, torch.float64: {8: 8}}
-FEWEST_PROGRAMS = 1024  # about two for each quarter of a large GPU's multiprocessors: fewer problems are better shared by more threads
+# About two for each quarter of a large GPU's multiprocessors, below which threads would be wanting: reckoned, not measured.
+FEWEST_PROGRAMS = 1024
+# fp fusion is named because its default differs between versions of Triton
+COMPILER_OPTIONS = {"num_warps": 1, "maxnreg": 255, "enable_fp_fusion": True}
 
 
 def block(batch: int, n: int, m: int, dtype: torch.dtype) -> int | None:
@@ -36,9 +39,6 @@ def block(batch: int, n: int, m: int, dtype: torch.dtype) -> int | None:
         if size >= max(n, m):
             return size if batch >= FEWEST_PROGRAMS * 32 // LANES else None
     return None
-
-
-COMPILER_OPTIONS = {"num_warps": 1, "maxnreg": 255, "enable_fp_fusion": True}  # named because its default differs between versions
 
 
 @triton.jit
@@ -63,11 +63,11 @@ def _slice(space, there, step, LANES: tl.constexpr):
 
 
 @triton.jit
-def _read(vectors, there, LANES: tl.constexpr):
-    """What is of rows [1, BLOCK, 32] or columns [FOLD, 1, 32], -inf where nothing is there; vectors = (the first, stride of problems)."""
+def _read(vectors, there, other, LANES: tl.constexpr):
+    """What is of rows [1, BLOCK, 32] or columns [FOLD, 1, 32], other where nothing is there; vectors = (the first, stride of problems)."""
     pointer, stride = vectors
     problem, index, _ = _flat(there.shape[0], there.shape[1], LANES)
-    loaded = tl.load(pointer + (problem * stride + index), mask=tl.reshape(there, index.shape), other=float("-inf"))
+    loaded = tl.load(pointer + (problem * stride + index), mask=tl.reshape(there, index.shape), other=other)
     return tl.reshape(loaded, there.shape)
 
 
@@ -109,7 +109,7 @@ def _restart(space, again, K, a, b, u, alpha, beta, steps, LANES: tl.constexpr):
     as it was of the others."""
     dtype: tl.constexpr = K.dtype
     fold = tl.arange(0, K.shape[0])[:, None, None]
-    rows = _read(alpha, a > 0, LANES) + tl.where(a > 0, tl.log(_read(u, a > 0, LANES).to(tl.float64)), 0.0)
+    rows = _read(alpha, a > 0, float("-inf"), LANES) + tl.log(_read(u, a > 0, 1.0, LANES).to(tl.float64))
     columns = tl.full(b.shape, float("-inf"), tl.float64)
     for step in range(steps):
         column = _at(b, step)
@@ -189,8 +189,7 @@ def _sinkhorn_packed_kernel(
     tl.debug_barrier()
     u, v = tl.where(a > 0, tl.full(a.shape, 1.0, dtype), 0.0), tl.where(b > 0, tl.full(b.shape, 1.0, dtype), 0.0)
     K = tl.zeros((FOLD, BLOCK, 32), dtype)
-    lanes = tl.arange(0, 32)
-    problem = tl.program_id(0).to(tl.int64) * (32 // LANES) + lanes // LANES
+    problem, _, lane = _flat(1, 1, LANES)
     running = (problem < batch)[None, None, :]
     error = tl.zeros((1, 1, 32), dtype)
     ran = tl.zeros((1, 1, 32), tl.int32)
@@ -213,7 +212,7 @@ def _sinkhorn_packed_kernel(
             K = _restart(space, again, K, a, b, waiting, alpha, beta, steps, LANES)
             tl.debug_barrier()  # alpha and beta have been written
             v = tl.where(again, first_scaling(b), v)
-            u = tl.where(again, scaling_of(a, _over_columns(K * v, LANES)), tl.where(a > 0, _read(waiting, a > 0, LANES), 0.0))
+            u = tl.where(again, scaling_of(a, _over_columns(K * v, LANES)), _read(waiting, a > 0, 0.0, LANES))
         iteration += 1
         going = iteration < max_iter
         if ((iteration % check_every == 0) & (tol >= 0)) | ~going:
@@ -232,13 +231,13 @@ def _sinkhorn_packed_kernel(
         at = step * LANES + k
         tl.store(plan + (of_row * n * m + (row * m + at)), tl.reshape(T, row.shape), mask=in_rows & (at < m))
     spent = -epsilon * _over_lanes(tl.sum(spent, 1, keep_dims=True), LANES, False)
-    first = (problem < batch) & (lanes % LANES == 0)
+    first = (problem < batch) & (lane == 0)
     tl.store(transport_cost + problem, tl.reshape(spent, (32,)).to(dtype), mask=first)
     tl.store(marginal_error + problem, tl.reshape(error, (32,)), mask=first)
     tl.store(n_iter + problem, tl.reshape(ran, (32,)), mask=first)
-    phi = tl.where(a > 0, epsilon * (_read(alpha, a > 0, LANES) + tl.log(u.to(tl.float64)) - log_of(a)), float("-inf")).to(dtype)
+    phi = tl.where(a > 0, epsilon * (_read(alpha, a > 0, 0.0, LANES) + tl.log(u.to(tl.float64)) - log_of(a)), float("-inf")).to(dtype)
     tl.store(f + (of_row * n + row), tl.reshape(phi, row.shape), mask=in_rows & (k == 0))
-    gamma = tl.where(b > 0, epsilon * (_read(beta, b > 0, LANES) + tl.log(v.to(tl.float64)) - log_of(b)), float("-inf")).to(dtype)
+    gamma = tl.where(b > 0, epsilon * (_read(beta, b > 0, 0.0, LANES) + tl.log(v.to(tl.float64)) - log_of(b)), float("-inf")).to(dtype)
     tl.store(g + (of_column * m + column), tl.reshape(gamma, column.shape), mask=in_columns)
 
 
@@ -247,13 +246,13 @@ def launch(
     a: Tensor,  # [B, n], any strides
     b: Tensor,  # [B, m], any strides
     outputs: tuple[Tensor, ...],  # plan, f, g, transport_cost, marginal_error, n_iter
+    BLOCK: int,  # as block() says
     max_iter: int,
     check_every: int,
     numbers: tuple[float, float, float],  # epsilon, -1 / epsilon, tol
 ) -> None:
     """Fills the outputs, on the current device."""
     batch, n, m = cost.shape
-    BLOCK = block(batch, n, m, cost.dtype)
     LANES = TILES[cost.dtype][BLOCK]
     _sinkhorn_packed_kernel[(triton.cdiv(batch, 32 // LANES),)](
         cost.contiguous(),

@@ -179,9 +179,10 @@ def test_tolerance_stops_each_problem_by_itself(backend, device_for):
 @pytest.mark.parametrize("size", ((6, 7), (9, 70)), ids=str)
 def test_costs_beyond_all_others(size, backend, device_for):
     """Float32 has no digit left for what distinguishes them, where it holds the whole exponent."""
-    cost = torch.rand(4, *size, generator=torch.Generator().manual_seed(0)).to(device_for("sinkhorn", backend))
+    cost = torch.rand(5, *size, generator=torch.Generator().manual_seed(0)).to(device_for("sinkhorn", backend))
     cost[1, 2] = cost[2, :, 3] = 1e10
     cost[3] += 1e10
+    cost[4, 1] -= 1e10
     actual = sinkhorn(cost, max_iter=5, backend=backend)
     exact = sinkhorn(cost.double(), max_iter=5, backend="eager")
     assert actual.f.isfinite().all() and actual.g.isfinite().all()

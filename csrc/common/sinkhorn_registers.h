@@ -288,9 +288,9 @@ class SinkhornRegisters {
     Split::for_owned([&](int k, auto slot) {
       if (!mine.holds(k, slot)) return;
       const double mass = log_mass<of_rows>(mine.at(slot)), level = mass > kLowest ? mass : kLowest;
-      double& mine_of_it = potential<of_rows>(mine.at(slot));
-      mine_of_it = (again ? mine_of_it : 0) + level - double(top[k]);
-      large |= sizeof(scalar) == 4 && top[k] < -1e7f;
+      double& placed = potential<of_rows>(mine.at(slot));
+      placed = (again ? placed : 0) + level - double(top[k]);
+      large |= sizeof(scalar) == 4 && std::fabs(top[k]) > 1e7f;
     });
     return large;
   }
